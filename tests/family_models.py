@@ -529,6 +529,14 @@ WIDE = {"hidden_size_per_layer_input": 4, "num_hidden_layers": 6, "num_kv_shared
 WIDE |= {"layer_types": ["sliding_attention", "full_attention"] * 3, "head_dim": 8, **LOCAL}
 FAR = {"global_head_dim": 12, "num_global_key_value_heads": 1}
 LATEST |= {
+    "opt-projected": (
+        "opt",
+        {"word_embed_proj_dim": 12, "do_layer_norm_before": False},
+    ),
+    "opt-untied": (
+        "opt",
+        {"word_embed_proj_dim": 12, "tie_word_embeddings": False, "enable_bias": False},
+    ),
     "gemma3n": (
         "gemma3n_text",
         {

@@ -103,7 +103,7 @@ TESTED_BY = {
     "evaluation.evaluation": "evaluation: scores",
     "evaluation.pictures": "evaluation: drawing",
     "kernels.kernels": "kernels: products reference sdpa",
-    "layers.layers": "layers: activations products",
+    "layers.layers": "layers: activations factors products",
     "layers.scans": "layers: gated_linear delta_rule state_spaces",
     "quantization.quantization": "quantization: formats multiplying packed reports schemes "
     "tiling transforms",

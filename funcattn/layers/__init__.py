@@ -2,6 +2,7 @@
 
     products    linear, linears, dense, embed: dispatch on the type of the weight; Blocks
     dense_products   products of float32 with many vectors, by the faster library
+    factors     Factors: a weight of low rank, as its two matrices
     layouts     fields: how the tensors of a weight are divided among devices
     prepared    prepare: the memory layout of a weight that compiled decoding reads fastest
     norms       rms_norm, layer_norm
@@ -25,6 +26,7 @@ from .alibi import key_columns, query_columns, slopes
 from .delta_rule import gated_delta, gated_delta_states
 from .delta_states import DeltaState, DeltaSteps, delta_net
 from .experts import linear_experts, route
+from .factors import Factors
 from .gated_linear import linear_attention, linear_attention_states
 from .layouts import fields
 from .norms import layer_norm, rms_norm
@@ -60,6 +62,7 @@ __all__ = [
     "ConvolutionSteps",
     "DeltaState",
     "DeltaSteps",
+    "Factors",
     "RopeScaling",
     "Rotation",
     "Scanned",

@@ -20,7 +20,7 @@ MATRICES = r"(.*\.)?(q|k|v|o|gate|up|down|q_down|kv_down|mixer_in|mixer_gate|mix
 ENDS = r"embedding|head|layer_embedding"
 # not chosen by default
 LEFT = r"(.*\.)?(shared_(gate|up|down)|attention_gate|input_(gate|out)|laurel_(up|down)"
-LEFT += r"|mixer_(gate|rate)_down)|layer_projection|streams_(in|out)"
+LEFT += r"|mixer_(gate|rate)_down)|layer_projection|embedding_(in|out)|streams_(in|out)"
 
 
 def is_multiplied(path: str) -> bool:

@@ -140,6 +140,10 @@ def new_head(
 ) -> tuple[Head, HeadParams]:
     """A head of this kind with random weights, for a target of this config."""
     check_one("drafters.train_head", target)
+    if target.embedding_size:
+        remedy = "Draft with a model, or what the text repeats (drafters.suffix)."
+        wanted, got = "one whose embedding has its width", f"one of {target.embedding_size}"
+        errors.fail("drafters.train_head", "model", wanted, got, remedy)
     L, E = target.layers, target.width
     config = Config(
         vocabulary=target.vocabulary,

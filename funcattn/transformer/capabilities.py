@@ -52,6 +52,7 @@ GENERAL: Table = {
     "embedding_norm": (False,),
     "first_norm": (True,),
     "head_transform": (False,),
+    "embedding_size": (0,),
     "local_head_size": (None,),
     "local_kv_heads": (None,),
     "local_sinks": (False,),

@@ -170,6 +170,7 @@ class Config:
     routed_inputs: bool = False  # weights of experts multiply what these read, not what they give
 
     # Embedding and head.
+    embedding_size: int = 0  # features of embedding and head, if others: matrices to E and back
     embedding_scale: float = 1.0
     embedding_norm: bool = False  # after positions are added
     head_transform: bool = False  # the head reads norm(activation(W x + b)), with the last norm

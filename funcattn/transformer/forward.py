@@ -108,6 +108,7 @@ def embed_tokens(config: Config, params: Params, tokens: Tensor, positions: Tens
     """
     _check_params(params, config)
     x = parallel.embed(config, params.embedding, tokens)
+    x = layers.linear(params.embedding_in, x) if config.embedding_size else x
     if config.embedding_scale != 1.0:
         # Rounded to the dtype of x first, as in the published models.
         x = x * torch.full((), config.embedding_scale, dtype=x.dtype, device=x.device)
@@ -141,13 +142,14 @@ def _norm(config: Config, params: Params, name: str, x: Tensor) -> Tensor:
 
 
 def lm_head(params: Params) -> Weight:
-    """The weight of the head (V, E); the embedding where they are tied."""
+    """The weight of the head (V, E); the embedding where they are tied, `Factors` of low rank."""
     if not hasattr(params, "head"):
         remedy = "Make them with model.init(key), or take those of fa.load."
         errors.fail(
             "decoder", "params", "the weights of a decoder", what_is(params), remedy, TypeError
         )
-    return params.embedding if is_absent(params.head) else params.head
+    head = params.embedding if is_absent(params.head) else params.head
+    return head if is_absent(params.embedding_out) else layers.Factors(head, params.embedding_out)
 
 
 def predict(config: Config, head: Weight, hidden: Tensor, bias: Weight = ABSENT) -> Tensor:

@@ -72,7 +72,7 @@ def _check_counts(config: Any, fail: Callable[[str, str, str], NoReturn]) -> Non
             fail(name, "None or at least 1", "Sizes are whole numbers.")
     for name in (
         *("shared_layers", "layer_embedding_size", "layer_vocabulary", "streams", "laurel_size"),
-        "active_stream",
+        *("active_stream", "embedding_size"),
     ):
         if not errors.is_count(getattr(config, name), 0):
             fail(name, "0 or more", "Sizes are whole numbers.")

@@ -265,6 +265,11 @@ def check(config: Config, params: Tree, cache: Past, mask: Mask | Tensor | None)
     """Fail where an argument does not support the axes that are bound: sparse features "tensor",
     a mask, another cache and gradients behind a cache "context".
     """
+    if config.embedding_size and collectives.bound():
+        remedy = "Run it on one device."
+        errors.fail(
+            "decoder", "config.embedding_size", "0 on a mesh", config.embedding_size, remedy
+        )
     if axis_size(TENSOR) > 1 and any(config.sparsities):
         remedy = "Shard it over 'data' alone."
         got = "a share of the features of a device"

@@ -57,6 +57,7 @@ CUTS = {
     "attention_gate": Cut(-2, -1),
     "activation_weights": Cut(region=True),
     **dict.fromkeys(("q_norm_bias", "k_norm_bias"), Cut(region=True)),
+    **dict.fromkeys(("embedding_in", "embedding_out"), WHOLE),
     **dict.fromkeys(("embedding_norm", "embedding_norm_bias"), WHOLE),
     **dict.fromkeys(("transform", "transform_bias"), WHOLE),
     **dict.fromkeys(("transform_norm", "transform_norm_bias"), WHOLE),

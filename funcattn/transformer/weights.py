@@ -13,7 +13,14 @@ from .config import Config, LayerSpec
 from .layer_spec import of_layer
 
 WRITERS = ("o", "down", "shared_down", "mixer_out")  # what writes into the residual
-MORE = ("layer_embedding", "layer_projection", "streams_in", "streams_out")  # outside of layers
+MORE = (
+    "embedding_in",
+    "embedding_out",
+    "layer_embedding",
+    "layer_projection",
+    "streams_in",
+    "streams_out",
+)  # outside of layers
 
 
 @record
@@ -115,6 +122,8 @@ class Params(NamedTuple):
     transform_bias: Weight = ABSENT  # (E,)
     transform_norm: Weight = ABSENT  # (E,)
     transform_norm_bias: Weight = ABSENT  # (E,)
+    embedding_in: Weight = ABSENT  # (E, R): embedding and head are (V, R)
+    embedding_out: Weight = ABSENT  # (R, E)
     layer_embedding: Weight = ABSENT  # (layer_vocabulary, L P), features of a token for each layer
     layer_projection: Weight = ABSENT  # (L P, E)
     layer_projection_norm: Weight = ABSENT  # (P,)
@@ -126,12 +135,13 @@ def shapes(config: Config) -> Params:
     """The shape of every weight, as a tree of tuples of ints."""
     E, V, A = config.width, config.vocabulary, config.streams
     P, LP = config.layer_embedding_size, config.layers * config.layer_embedding_size
+    R = config.embedding_size
     where = lambda condition, shape: shape if condition else ABSENT
     return Params(
-        embedding=(V, E),
+        embedding=(V, R or E),
         layers=tuple(_layer(config, i) for i in range(config.layers)),
         norm=(E,),
-        head=ABSENT if config.tied else (V, E),
+        head=ABSENT if config.tied else (V, R or E),
         positions=(config.context, E) if config.positions == "learned" else ABSENT,
         norm_bias=(E,) if config.norm_bias else ABSENT,
         head_bias=(V,) if config.head_bias else ABSENT,
@@ -141,6 +151,8 @@ def shapes(config: Config) -> Params:
         transform_bias=where(config.head_transform and config.norm_bias, (E,)),
         transform_norm=where(config.head_transform, (E,)),
         transform_norm_bias=where(config.head_transform and config.norm_bias, (E,)),
+        embedding_in=where(R, (E, R)),
+        embedding_out=where(R, (R, E)),
         layer_embedding=where(P, (config.layer_vocabulary, LP)),
         layer_projection=where(P, (LP, E)),
         layer_projection_norm=where(P, (P,)),

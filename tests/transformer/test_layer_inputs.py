@@ -261,6 +261,36 @@ def test_what_is_read_of_a_layer_is_what_it_mixes(config):
     assert len(lens.ids) == config.layers
 
 
+def test_an_embedding_of_fewer_features_is_one_of_low_rank():
+    """Its model is that of the products of its matrices; loss, codes and steps read it too."""
+    few = fa.Config(vocabulary=31, width=16, embedding_size=4, head_size=8)
+    model, params, tokens = made(few)
+    wide = params._replace(
+        embedding=params.embedding @ params.embedding_in.mT,
+        head=params.embedding @ params.embedding_out,
+        embedding_in=(),
+        embedding_out=(),
+    )
+    other = fa.decoder(dataclasses.replace(few, embedding_size=0, tied=False))
+    wanted = other.extend(wide, tokens)[0]
+    close = functools.partial(torch.testing.assert_close, atol=1e-12, rtol=1e-9)
+    close(model.extend(params, tokens)[0], wanted)
+    close(fa.loss(model, params, tokens), fa.loss(other, wide, tokens))
+    slope = grad(lambda params: fa.loss(model, params, tokens))(params)
+    assert bool(slope.embedding_out.any())
+    codes = fa.quantize(fa.int8)(fa.cast(torch.float32)(params))
+    plain = model.extend(fa.dequantize(codes), tokens)[0]
+    torch.testing.assert_close(model.extend(codes, tokens)[0], plain, atol=1e-4, rtol=1e-4)
+    step = model.extend(params, tokens[4:], model.apply(params, tokens[:4])[1])[0]
+    close(step, wanted[4:])
+    cuts = specs(params, Grid(data=2), fsdp(few, size=1))
+    sharded = shard_map(lambda params: model.extend(params, tokens)[0], Grid(data=2), (cuts,), P())
+    with pytest.raises(ValueError, match="embedding_size should be 0 on a mesh"):
+        sharded(params)
+    with pytest.raises(ValueError, match="train_head: model should be one whose embedding has"):
+        fa.drafters.train_head(fa.key(0), model, params, tokens, steps=1)
+
+
 def test_the_sizes_of_a_layer_are_those_of_its_kind():
     near, far = (layer_spec.of_layer(SIZES, SIZES.layer_spec(i)) for i in (0, 1))
     assert (near.head_size, near.kv_heads, far.head_size, far.kv_heads) == (4, 1, 8, 2)
