@@ -246,7 +246,12 @@ def _read(
                 "other numbers",
             )
         del found[head]
-    stored = {name: shape for name, shape in found.items() if not family.harmless.fullmatch(name)}
+    unused = family.unused(config)
+    stored = {
+        name: shape
+        for name, shape in found.items()
+        if not family.harmless.fullmatch(name) and name not in unused
+    }
     sources = compressed.by_leaves(families.locate_tensors(family, config), kinds)
     sources = families.in_layout(config, sources, stored)
     # Rounded, it would choose other experts than the original, which keeps it in float32.
