@@ -19,9 +19,11 @@ layers. Three things make it fast:
   each vector; the matrix is stored once more for it (`layers.Blocks`).
 - All other operations of a layer are fused around them.
 
-Under torch.func the original model runs: every transform works and is exact. So it does where
-compiled code gains nothing: a long prompt (bound by the same matrix products), a given mask other
-than that of a tree of drafts, or a cache that is not dense.
+Under vmap alone the operator runs too, once for all rows (see `mapped`). Under every other
+transform of torch.func, and where only compiled code would run, the original model does: every
+transform works and is exact. So it does where compiled code gains nothing: a long prompt (bound by
+the same matrix products), a given mask other than that of a tree of drafts, or a cache that is not
+dense.
 
 Source: Ansel et al., PyTorch 2, ASPLOS 2024.
 """

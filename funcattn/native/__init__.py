@@ -5,7 +5,8 @@ products.h  the arithmetic of products; floats.h that of the operations between 
             vector instructions of both (AVX2, AVX-512 VNNI)
 products.cpp  funcattn::products: matrices times vectors
 coded.cpp   funcattn::coded_attend: attention over a past in codes; codes.h its arithmetic
-layers.cpp  funcattn::layers: all layers of a decoder for a few tokens; matrices.h is common
+layers.cpp  funcattn::layers: all layers of a decoder for a few tokens of one text or of several;
+              matrices.h is common
 dense.cpp   funcattn::linear: a matrix of floats times many vectors
 words.cpp   funcattn::words: random words, by the cipher of cipher.h
 attention   attention.cpp: funcattn::native_attend and native_attend_jvp; forward.h their

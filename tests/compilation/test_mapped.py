@@ -32,6 +32,7 @@ CONFIG = fa.Config(
 MODEL = fa.decoder(CONFIG)
 FAST = fa.compile(MODEL, backend="eager")
 SCHEMES = {"float32": None, "int8": fa.int8, "int4": fa.int4}
+BITS = {"float32": 32, "int8": 8, "int4": 4}
 
 
 def weights(scheme):
@@ -97,8 +98,8 @@ def test_texts_side_by_side_are_each_alone(calls, name, instructions):
             for i, tail in enumerate(tails):
                 wanted = one(MODEL)(tokens[i], tail)
                 close(fa.tree.map(lambda leaf, i=i: leaf[i], got), wanted)
-        most = tiles.most_rows(tiles_bits := {"float32": 32, "int8": 8, "int4": 4}[name])
-        assert calls == ([(5, [1, 5])] * 2 if most >= 15 else calls), tiles_bits
+        if tiles.most_rows(BITS[name]) >= 15:
+            assert calls == [(5, [1, 5])] * 2
     finally:
         torch.ops.funcattn.instructions(-1)
 
@@ -135,6 +136,21 @@ def test_many_rows_are_those_of_the_model(calls, B):
         close(run(FAST), run(MODEL))
     if tiles.native.instructions() == tiles.AVX512:
         assert calls == [(B, [1])] * 3
+
+
+def test_more_rows_than_were_measured_run_as_the_model(calls):
+    params, past = PARAMS["float32"], filled("float32", 6, 5)
+    run = lambda m: vmap(lambda t: m.extend(params, t, past)[0])(ids(tiles.MOST_FLOATS + 1, 1))
+    close(run(FAST), run(MODEL))
+    assert not calls
+
+
+def test_one_text_behind_several_pasts(calls):
+    params, prefix, tokens = PARAMS["float32"], filled("float32", 20, 11), ids(2)
+    tails = stacked([filled("float32", 6, n, n) for n in (0, 3, 1)])
+    run = lambda m: vmap(lambda tail: m.extend(params, tokens, Branch(prefix, tail)))(tails)
+    close(run(FAST), run(MODEL))
+    assert calls == [(3, [1, 3])]
 
 
 def test_a_past_of_some_is_read_once_for_these(calls):
@@ -350,7 +366,8 @@ def test_weights_that_were_written_into_are_read_anew(calls):
 
 
 def test_a_past_that_overflowed_is_nan(calls):
-    params, past = PARAMS["float32"], filled("float32", 4, 3)
+    params = PARAMS["float32"]
+    past = MODEL.apply(params, ids(3), MODEL.cache(4))[1]  # numbers beyond its length
     one = lambda m: lambda t, n: m.apply(params, t, past._replace(length=n))[0]
     run = lambda m: vmap(one(m))(ids(2, 2), torch.tensor([3, 1]))
     got = run(FAST)
