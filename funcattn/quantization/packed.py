@@ -56,8 +56,13 @@ class PackedDynamic(NamedTuple):
 
 
 def pack_int8(codes: Tensor, scale: Tensor) -> PackedInt8 | None:
-    """The layout of int8 with one scale a row, else None."""
+    """The layout of int8 with one scale a row, else None.
+
+    Torch's kernel reads 16 columns at a time, beyond the matrix where they are no multiple of that.
+    """
     if scale.shape[-1] != 1 or codes.device.type != "cpu" or codes.dim() != 2:
+        return None
+    if codes.shape[-1] % 16:
         return None
     return PackedInt8(
         codes,

@@ -759,3 +759,13 @@ def test_experts_have_levels_of_their_own():
     made = fa.quantize(fa.nf4, "gate")({"gate": experts})["gate"]
     each = [fa.quantize(fa.nf4, "gate")({"gate": one})["gate"] for one in experts]
     assert torch.equal(expand(made), torch.stack([expand(one) for one in each]))
+
+
+@pytest.mark.parametrize("columns", [4, 24, 40])
+def test_codes_of_any_number_of_columns_are_multiplied_within_their_matrix(columns):
+    """Torch's product of int8 reads 16 columns at a time, and would end the process here."""
+    weight = fa.int8.encode(fa.random.normal(fa.key(1), (31, columns)))
+    whole = fa.layers.dense(weight, columns, torch.empty(0))
+    for rows in (1, 7, 40):
+        x = fa.random.normal(fa.key(2), (rows, columns))
+        torch.testing.assert_close(fa.layers.linear(weight, x), x @ whole.mT, atol=1e-4, rtol=1e-4)
