@@ -117,11 +117,14 @@ def main() -> None:
             lines += ["", "Greedy, a text to be copied with a change:", "", *table(found)]
     print("\n".join(lines))
     if options.write:
-        text = PAGE.read_text()
-        before, _, rest = text.partition(BEGIN)
-        after = rest.partition(END)[2] if rest else "\n"
-        shown = "\n".join([BEGIN, "", *lines, "", END])
-        PAGE.write_text(before.rstrip() + "\n\n" + shown + after)
+        PAGE.write_text(written(PAGE.read_text(), lines))
+
+
+def written(page: str, lines: list[str]) -> str:
+    """The page with these lines between the marks, at its end where it has none."""
+    before, _, rest = page.partition(BEGIN)
+    after = rest.partition(END)[2] if rest else "\n"
+    return "\n".join([before.rstrip(), "", BEGIN, "", *lines, "", END]) + after
 
 
 def made(
