@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch._C import _is_any_autocast_enabled, _len_torch_dispatch_stack, _len_torch_function_stack
+from torch._C._functorch import is_legacy_batchedtensor  # pyright: ignore[reportMissingModuleSource]
 
 from .. import native
 from ..core import atomic
@@ -52,9 +53,11 @@ def multiply(weight: Tensor, x: Tensor) -> Tensor | None:
     """
     if not _is_served(weight, x) or not is_faster():
         return None
-    if torch.is_grad_enabled() and (weight.requires_grad or x.requires_grad):
-        return _Linear.apply(weight, x)
-    return _times(weight, x)
+    rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+    rows = rows if rows.stride(1) == 1 else rows.contiguous()
+    recorded = torch.is_grad_enabled() and (weight.requires_grad or x.requires_grad)
+    y = (_Linear.apply if recorded else torch.ops.funcattn.linear)(weight, rows)
+    return y if x.dim() == 2 else y.reshape(*x.shape[:-1], len(weight))
 
 
 def is_faster() -> bool:
@@ -88,23 +91,19 @@ def _is_served(weight: Tensor, x: Tensor) -> bool:
         return False
     if torch.compiler.is_compiling() or transforming() or is_jit_traced():
         return False
+    if is_legacy_batchedtensor(weight) or is_legacy_batchedtensor(x):  # of is_grads_batched
+        return False
     if _len_torch_dispatch_stack() or _len_torch_function_stack() or _is_any_autocast_enabled():
         return False
     return not has_tangent(weight, x)
 
 
-def _times(weight: Tensor, x: Tensor) -> Tensor:
-    rows = x.reshape(-1, x.shape[-1])
-    rows = rows if rows.stride(1) == 1 else rows.contiguous()
-    return torch.ops.funcattn.linear(weight, rows).reshape(*x.shape[:-1], len(weight))
-
-
 class _Linear(torch.autograd.Function):
-    """x W^T. The gradient of x is such a product; that of W sums over vectors, by torch."""
+    """x W^T of rows x. The gradient of x is such a product; that of W sums over rows, by torch."""
 
     @staticmethod
     def forward(weight: Tensor, x: Tensor) -> Tensor:
-        return _times(weight, x)
+        return torch.ops.funcattn.linear(weight, x)
 
     @staticmethod
     def setup_context(ctx: Context, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -115,9 +114,9 @@ class _Linear(torch.autograd.Function):
         weight, x = ctx.saved_tensors
         of_weight = of_x = None
         if ctx.needs_input_grad[0]:
-            of_weight = cotangent.flatten(0, -2).mT @ x.flatten(0, -2)
+            of_weight = cotangent.transpose(0, 1) @ x
         if ctx.needs_input_grad[1]:
-            of_x = multiply(weight.mT, cotangent)
+            of_x = multiply(weight.transpose(0, 1), cotangent)
             of_x = cotangent @ weight if of_x is None else of_x
         return of_weight, of_x
 

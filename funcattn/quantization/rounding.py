@@ -93,6 +93,10 @@ def round_activations(where: Where | None = None) -> Callable[[Tree], Tree]:
             return RoundedInputs(leaf)
 
         out = tree.map_with_path(wrap, params, is_leaf=is_quantized)
+        if not met and where is None:
+            wanted = f"a tree with Int8, Int8Affine or Int4 of a multiple of {COLUMNS} columns"
+            remedy = "Quantize it first: fa.quantize(fa.int4)(params)."
+            errors.fail("round_activations", "params", wanted, "one without", remedy)
         if not met:
             chooses_none("round_activations", where)
         return out

@@ -92,10 +92,16 @@ def test_gradients_are_those_of_linear():
 
     for got, wanted in zip(orders(lambda x, w: linear(w, x)), orders(F.linear), strict=True):
         assert (got - wanted).norm() <= 1e-5 * wanted.norm()
-    assert multiply(weight, x).grad_fn.name().startswith("_Linear")
+    assert multiply(weight, x[0]).grad_fn.name().startswith("_Linear")
     only = torch.autograd.grad(linear(weight.detach(), x).sum(), x)[0]
     assert torch.allclose(only, weight.detach().sum(0).expand_as(x), atol=1e-5)
     torch.autograd.grad(linear(weight, x.detach()).sum(), weight)
+    for f in (lambda x, w: linear(w, x), F.linear):  # many cotangents at once
+        several = torch.autograd.grad(
+            f(x, weight)[0, :, :3].sum(0), (x, weight), torch.eye(3), is_grads_batched=True
+        )
+        assert torch.allclose(several[0][2, 0], weight[2].expand(16, 20), atol=1e-6)
+        assert torch.allclose(several[1][2, 2], x[0].sum(0), atol=1e-5)
 
 
 @needs_operator

@@ -138,8 +138,19 @@ def test_experts_multiply_rounded_vectors():
 
 def test_what_cannot_be_rounded_is_an_error():
     params = {"w": matrix(0, 4, 32), "v": fa.int8.encode(matrix(0, 4, 24))}
-    with pytest.raises(ValueError, match="round_activations"):
+    with pytest.raises(ValueError, match="round_activations: params should be a tree with Int8"):
         round_activations()(params)
+    with pytest.raises(ValueError, match="chooses none"):
+        round_activations("nothing")(params)
     for where in ("w", "v"):
         with pytest.raises(TypeError, match=f"round_activations: {where} should be Int8"):
             round_activations(where)(params)
+
+
+@each_scheme
+def test_a_vector_of_another_width_is_an_error(encode):
+    weight = encode(matrix(0, 20, 64))
+    for K in (33, 50, 63, 65, 96):
+        for record in (weight, RoundedInputs(weight)):
+            with pytest.raises(RuntimeError):
+                linear(record, torch.ones(3, K))
