@@ -1,25 +1,35 @@
-"""How long does a 4-bit folder take to load, and how much memory, as a multiple of its size?
+"""How long does a quantized folder take to load, and how much memory, as a multiple of its size?
 
     python benchmarks/loading.py [--layers 32] [--methods gptq awq compressed-tensors funcattn]
+        [--threads 1]
 
-A folder of random codes is written to a temporary place, some 32 MB a layer of width 2048, and
-loaded in a process of its own, whose files are in the cache of the system. "Memory" is the greatest
-resident memory during the load, and that after it, less what was resident before.
+A folder of random codes is written to a temporary place, some 32 MB a layer of width 2048 in 4 bits
+(50 of the experts of gpt-oss, "mxfp4"), and loaded in a process of its own, whose files are in the
+cache of the system. "Memory" is the greatest resident memory during the load, and that after it,
+less what was resident before.
 """
 
 import argparse
+import functools
 import json
 import os
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
+
+import funcattn as fa
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "tests"))
+import coded
 
 CONFIG = {
     "model_type": "llama",
@@ -94,18 +104,64 @@ def funcattn(N: int, K: int) -> dict[str, Tensor]:
     return {"codes": codes, "scale": halves(N, K // GROUP), "zero": halves(N, K // GROUP)}
 
 
+def by_tests(case: str) -> Callable[[int, int], dict[str, Tensor]]:
+    """The tensors of a matrix as tests/coded.py makes them: one matrix for all of its size."""
+
+    @functools.cache
+    def made(N: int, K: int) -> dict[str, Tensor]:
+        return coded.CASES[case][0](np.random.default_rng(0), N, K).tensors
+
+    return lambda N, K: {end: x.clone() for end, x in made(N, K).items()}
+
+
+OF_TESTS = ("fp8", "bitsandbytes nf4", "bitsandbytes int8", "mlx", "hqq", "torchao", "nvfp4")
 METHODS: dict[str, Callable[[int, int], dict[str, Tensor]]] = {
     "gptq": gptq,
     "awq": awq,
     "compressed-tensors": compressed_tensors,
     "funcattn": funcattn,
+    **{case: by_tests(case) for case in OF_TESTS},
+    "mxfp4": coded.mxfp4_linear,  # written by `experts`
 }
+EXPERTS = {
+    **CONFIG,
+    "model_type": "gpt_oss",
+    "architectures": ["GptOssForCausalLM"],
+    "intermediate_size": 2048,
+    "head_dim": 128,
+    "num_local_experts": 8,
+    "num_experts_per_tok": 2,
+    "sliding_window": 128,
+    "tie_word_embeddings": False,
+    "quantization_config": {"quant_method": "mxfp4"},
+}
+
+
+def experts(layers: int) -> tuple[dict[str, Tensor], dict[str, object]]:
+    """The tensors of a model of gpt-oss, and its config.json."""
+    values = {**EXPERTS, "num_hidden_layers": layers}
+    values["layer_types"] = ["full_attention", "sliding_attention"] * (layers // 2)
+    config = fa.families.read_config({**values, "quantization_config": None})
+    family = fa.families.family_for(config)
+    tensors = {}
+    for name, shape in fa.families.wanted(
+        config, fa.families.locate_tensors(family, config)
+    ).items():
+        if name.endswith(("gate_up_proj", "down_proj")):
+            X, K, N = shape
+            tensors[f"{name}_blocks"] = words(X, N, K // 32, 4).view(torch.uint8)
+            tensors[f"{name}_scales"] = torch.full((X, N, K // 32), 120, dtype=torch.uint8)
+        else:
+            tensors[name] = torch.zeros(shape, dtype=torch.bfloat16)
+    return tensors, values
 
 
 def settings(method: str, layers: int) -> dict[str, object]:
     """The config.json of a folder."""
     four = {"quant_method": method, "bits": 4, "group_size": GROUP}
     values = {**CONFIG, "num_hidden_layers": layers}
+    if method in OF_TESTS:
+        return {**values, "quantization_config": coded.CASES[method][1]}
     if method == "compressed-tensors":
         weights = {"num_bits": 4, "strategy": "group", "group_size": GROUP}
         four["config_groups"] = {"group_0": {"targets": ["Linear"], "weights": weights}}
@@ -119,6 +175,21 @@ def settings(method: str, layers: int) -> dict[str, object]:
 
 def write(folder: Path, method: str, layers: int) -> None:
     """A folder of random codes."""
+    tensors, values = experts(layers) if method == "mxfp4" else matrices(method, layers)
+    save_file(tensors, folder / "model.safetensors", metadata=metadata(tensors))
+    (folder / "config.json").write_text(json.dumps(values))
+
+
+def metadata(tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """The header's metadata, with the classes of torchao."""
+    kinds = {
+        name: name.replace("_qdata", "").replace("._", ".") for name in tensors if "_qdata" in name
+    }
+    return {"format": "pt", **dict.fromkeys(kinds.values(), '{"_type": "Int8Tensor"}')}
+
+
+def matrices(method: str, layers: int) -> tuple[dict[str, Tensor], dict[str, object]]:
+    """The tensors of a llama, and its config.json."""
     tensors = {"model.embed_tokens.weight": torch.zeros(1024, 2048, dtype=torch.bfloat16)}
     norm = torch.ones(2048, dtype=torch.bfloat16)
     for n in range(layers):
@@ -128,8 +199,7 @@ def write(folder: Path, method: str, layers: int) -> None:
         for name in ("input_layernorm", "post_attention_layernorm"):
             tensors[f"model.layers.{n}.{name}.weight"] = norm.clone()
     tensors["model.norm.weight"] = norm
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    (folder / "config.json").write_text(json.dumps(settings(method, layers)))
+    return tensors, settings(method, layers)
 
 
 def main() -> None:

@@ -1,7 +1,7 @@
 """How fast does a quantized model write, against the same in float32, and against llama.cpp on the
 same file?
 
-    python benchmarks/quantized_decoding.py [--threads 1] [--turns 12]
+    python benchmarks/quantized_decoding.py [--threads 1] [--turns 12] [--only prefill]
 
 SmolLM2-135M, batch one, behind a chat of 44 tokens, compiled and eager; "blocks" are those of the
 GGUF file as they are. Candidates take turns of 8 tokens: were they to change at every token, each
@@ -10,25 +10,32 @@ most for it. MBU is the bytes of the weights over the time, as a share of the ba
 the fastest plain pass over float32. Then a step of 5 tokens beside one of 1, as where drafts are
 verified. llama.cpp, where xllamacpp is installed, decodes the file by its own clock, before and
 after. Where other programs take the processor, CPU time says more than wall time: both are printed.
+Last a prompt of 512 tokens, beside transformers in float32. "8 bits" are the same weights with
+activations of 8 bits (`fa.quantization.round_activations`), which is what llama.cpp multiplies.
 """
 
 import argparse
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from statistics import median
+from typing import Any
 
 import torch
+import transformers
 from _timing import interleave
+from decode import of_transformers
 
 import funcattn as fa
 from funcattn.checkpoints.sources import locate
 from funcattn.cli import memory_limit
+from funcattn.layers import dense_products
 from funcattn.quantization import tiles
 
 MESSAGES = [
     {"role": "user", "content": "What is the capital of France? Then tell me about the city."}
 ]
 TURN = 8  # tokens
+PROMPT = 512  # tokens
 WARMUP = 2  # turns
 
 
@@ -36,6 +43,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--turns", type=int, default=12)
+    parser.add_argument("--only", choices=["decoding", "steps", "prefill"])
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     print(f"the operator of funcattn.native: {tiles.missing() or 'runs'}")
@@ -46,8 +54,26 @@ def main() -> None:
         "int4": fa.quantize(fa.int4)(params),
         "blocks": fa.load(str(locate("smollm2-135m")), keep_quantized=True).params,
     }
+    near = fa.quantization.round_activations()
+    rounded = {f"{name}, 8 bits": near(tree) for name, tree in trees.items() if name != "float32"}
     model = fa.decoder(config)
     compiled = fa.compile(model)
+    if options.only in (None, "decoding"):
+        decoding(model, compiled, trees, tokenizer, options)
+    if options.only in (None, "steps"):
+        steps(compiled, trees | rounded, 3 * options.turns)
+    if options.only in (None, "prefill"):
+        prefill(model, trees | rounded, fa.Loaded(config, params, tokenizer), options)
+
+
+def decoding(
+    model: fa.Model,
+    compiled: fa.Model,
+    trees: dict[str, fa.Params],
+    tokenizer: Any,
+    options: argparse.Namespace,
+) -> None:
+    """Tokens one after the other, in turns of several."""
     prompt = torch.tensor(tokenizer.prompt(MESSAGES))
 
     def written(params: fa.Params, model: fa.Model) -> Iterator[int]:
@@ -60,7 +86,7 @@ def main() -> None:
         for _ in range(TURN):
             next(tokens)
 
-    whole = fa.tree.nbytes(params)
+    whole = fa.tree.nbytes(trees["float32"])
     candidates = {}
     for how, made in (("compiled", compiled), ("eager", model)):
         for name, tree in trees.items():
@@ -82,7 +108,6 @@ def main() -> None:
                 f" {base.wall / timing.wall:.2f} of float32 {how} ({base.cpu / timing.cpu:.2f} by "
                 "CPU time)"
             )
-    steps(compiled, trees, 3 * options.turns)
 
 
 def steps(model: fa.Model, trees: dict[str, fa.Params], rounds: int) -> None:
@@ -99,18 +124,57 @@ def steps(model: fa.Model, trees: dict[str, fa.Params], rounds: int) -> None:
         )
 
 
-def llama_cpp(threads: int) -> None:
-    """What llama.cpp says of itself: 64 tokens from the file's quantized blocks, five times."""
+def prefill(
+    model: fa.Model, trees: dict[str, fa.Params], loaded: fa.Loaded, options: argparse.Namespace
+) -> None:
+    """A prompt of 512 tokens, read for its next token."""
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    peer = of_transformers(loaded)
+    prompt = torch.tensor(loaded.tokenizer.prompt(MESSAGES)).repeat(20)[:PROMPT]
+
+    @torch.no_grad()
+    def theirs() -> torch.Tensor:
+        return peer(prompt[None], use_cache=True, logits_to_keep=1).logits[0, -1].argmax()
+
+    run = lambda tree: lambda: fa.generate(fa.key(0), model, tree, prompt, steps=1)[0][0]
+    ours: dict[str, Callable[[], Any]] = {name: run(tree) for name, tree in trees.items()}
+    assert torch.equal(ours["float32"](), theirs())
+    print(f"\na prompt of {PROMPT} tokens; {dense_products.explain()}")
+    candidates = {"transformers": theirs, **ours}
+    if (server := llama_server(options.threads)) is not None:
+        request = {"prompt": prompt.tolist(), "n_predict": 1, "cache_prompt": False}
+        candidates["llama.cpp Q4_1"] = lambda: server.handle_completions(request)
+        assert candidates["llama.cpp Q4_1"]()["timings"]["prompt_n"] == PROMPT
+    timings = interleave(candidates, repeats=options.turns, warmup=1)
+    base = timings["transformers"]
+    for name, timing in timings.items():
+        print(
+            f"{name:18} {PROMPT / timing.wall:6.0f} tokens/s, {PROMPT / timing.cpu:6.0f} a second "
+            f"of CPU, {base.wall / timing.wall:.2f} of transformers ({base.cpu / timing.cpu:.2f} "
+            "by CPU time)"
+        )
+
+
+def llama_server(threads: int) -> Any:
+    """llama.cpp with the file's blocks, or None."""
     try:
         import xllamacpp
     except ImportError:
-        print("llama.cpp: xllamacpp is not installed")
-        return
+        return None
     settings = xllamacpp.CommonParams()
-    settings.model.path, settings.n_ctx = str(locate("smollm2-135m")), 512
+    settings.model.path, settings.n_ctx = str(locate("smollm2-135m")), 2 * PROMPT
     settings.cpuparams.n_threads = settings.cpuparams_batch.n_threads = threads
     settings.warmup = True
-    server = xllamacpp.Server(settings)
+    return xllamacpp.Server(settings)
+
+
+def llama_cpp(threads: int) -> None:
+    """What llama.cpp says of itself: 64 tokens from the file's quantized blocks, five times."""
+    server = llama_server(threads)
+    if server is None:
+        print("llama.cpp: xllamacpp is not installed")
+        return
     request = {
         "prompt": "The capital of France is",
         "n_predict": 64,

@@ -1,6 +1,6 @@
 """How much faster is a text written with drafts than token by token, both by the compiled model?
 
-    python benchmarks/speculation.py [--threads 1] [--tokens 48] [--rounds 3] [--write]
+    python benchmarks/speculation.py [--threads 1] [--tokens 32] [--rounds 2] [--write]
                                      [--only int4 head] [--chats facts story] [--head FOLDER]
 
 SmolLM2-135M in float32, four chats, batch one, greedy and at a temperature. The candidates of a
@@ -64,6 +64,7 @@ looked at the water. A small boat came in, with two men in it, and the gulls ros
 
 
 SKIPPED = tuple(range(12, 18))
+INSIDE = r"layers\.([2-9]|1\d|2[0-7])\.(q|k|v|o|gate|up|down)"
 
 
 class Measured(NamedTuple):
@@ -78,8 +79,8 @@ def main() -> None:
     """Measure, or train a head."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--tokens", type=int, default=48)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--tokens", type=int, default=32)
+    parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--temperature", type=float, default=0.7, help="0 measures greedy alone")
     parser.add_argument("--chats", nargs="*", default=[*CHATS])
     parser.add_argument("--only", nargs="*", default=[""], help="parts of names of drafters")
@@ -129,8 +130,16 @@ def made(
     """The drafters by name, for a target that is sampled at this temperature."""
     d, params = fa.drafters, loaded.params
     sampler = fa.sampling.temperature(heat) if heat else fa.sampling.greedy
-    small = {"int8": fa.quantize(fa.int8)(params), "int4": fa.quantize(fa.int4(group=64))(params)}
+    int4 = fa.int4(group=64)
+    small = {
+        "int8": fa.quantize(fa.int8)(params),
+        "int4": fa.quantize(int4)(params),
+        # The first and last layers and the embedding in int8 too.
+        "int4 inside": fa.quantize(fa.int8)(fa.quantize(int4, INSIDE)(params)),
+    }
     kinds = {"children": "mixed", "sampler": sampler} if heat else {}
+    spine = {"branching": (3,) * 7, "width": 1, "confidence": 0.25, "least": 0.08}
+    spine |= {"sampler": sampler} if heat else {}
     found = {
         "n-grams of the text, chain": d.prompt_lookup(length=4),
         "suffixes of the text, chain": d.suffix(length=4, chain=True),
@@ -140,13 +149,16 @@ def made(
         found |= {
             f"{name}, chain of 3": d.model(model, weights, length=3, sampler=sampler),
             f"{name}, chain to the unsure": d.model(
-                model, weights, length=7, sampler=sampler, confidence=0.6
+                model, weights, length=7, sampler=sampler, confidence=0.4
             ),
         }
+        if name != "int8":
+            chain = d.model(model, weights)
+            found[f"{name}, tree to the unsure"] = d.tree(chain, **spine)
     chain = d.model(model, small["int4"])
     found["int4, tree (2, 2, 1)"] = d.tree(chain, branching=(2, 2, 1), **kinds)
     if not heat:
-        found["int4, 7 nodes grown"] = d.tree(chain, nodes=7, depth=4, width=2)
+        found["int4, tree of 7 nodes grown"] = d.tree(chain, nodes=7, depth=4, width=2)
     found["int4 without 6 layers, chain of 3"] = d.skip(
         model, small["int4"], SKIPPED, length=3, sampler=sampler
     )
@@ -154,7 +166,10 @@ def made(
         head, weights = d.load_head(folder, model, params)
         drawn = sampler if heat else None
         found["head, chain of 3"] = d.head(head, weights, length=3, sampler=drawn)
-        found["head, tree (2, 2, 1)"] = d.tree(d.head(head, weights), branching=(2, 2, 1), **kinds)
+        found["head, chain to the unsure"] = d.head(
+            head, weights, length=5, sampler=drawn, confidence=0.2
+        )
+        found["head, tree to the unsure"] = d.tree(d.head(head, weights), **spine)
     return found
 
 

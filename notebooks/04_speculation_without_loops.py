@@ -207,3 +207,5 @@ fa.speculation.transcript(pieces, tokenizer)
 # - Under `greedy` a token that ties with another within the rounding of float32 may come out as the other: one step and a step of
 #   several add in different orders.
 # - Long drafts pay only where nearly all of them stay. `stats.speedup(draft, verify)` gives the formula with your costs in it.
+# - Trees verify second choices in the same step (`fa.drafters.tree`), and drafts may stop where they are unsure
+#   (`confidence=0.4`): docs/speculation.md says which drafter pays when.

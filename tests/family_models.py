@@ -2,6 +2,10 @@
 the table of docs/families.md are generated from.
 """
 
+import json
+
+from safetensors.torch import load_file, save_file
+
 V, T = 61, 40
 SMALL = {
     "vocab_size": V,
@@ -521,11 +525,119 @@ LATEST |= {
         },
     ),
 }
-IDEAS = {"afmoe", "apertus", "nanochat", "bloom-after", "llama4", "bert", "phimoe"}
+WIDE = {"hidden_size_per_layer_input": 4, "num_hidden_layers": 6, "num_kv_shared_layers": 2}
+WIDE |= {"layer_types": ["sliding_attention", "full_attention"] * 3, "head_dim": 8, **LOCAL}
+FAR = {"global_head_dim": 12, "num_global_key_value_heads": 1}
+LATEST |= {
+    "opt-projected": (
+        "opt",
+        {"word_embed_proj_dim": 12, "do_layer_norm_before": False},
+    ),
+    "opt-untied": (
+        "opt",
+        {"word_embed_proj_dim": 12, "tie_word_embeddings": False, "enable_bias": False},
+    ),
+    "gemma3n": (
+        "gemma3n_text",
+        {
+            **WIDE,
+            "vocab_size_per_layer_input": 55,
+            "laurel_rank": 6,
+            "activation_sparsity_pattern": [0.8, 0.8, 0.0, 0.0, 0.0, 0.0],
+        },
+    ),
+    "gemma3n-sizes": (
+        "gemma3n_text",
+        {
+            **WIDE,
+            "vocab_size_per_layer_input": 61,
+            "intermediate_size": [48, 48, 24, 24, 48, 48],
+            "num_kv_shared_layers": 0,
+            "altup_num_inputs": 3,
+            "altup_active_idx": 1,
+            "altup_correct_scale": False,
+            "attention_bias": True,
+            **CAPS,
+        },
+    ),
+    "gemma4": (
+        "gemma4_text",
+        {**WIDE, **FAR, "vocab_size_per_layer_input": 64, "use_double_wide_mlp": True},
+    ),
+    "gemma4-experts": (
+        "gemma4_text",
+        {
+            **WIDE,
+            **FAR,
+            "num_kv_shared_layers": 0,
+            "hidden_size_per_layer_input": 0,
+            "attention_k_eq_v": True,
+            "attention_bias": True,
+            "enable_moe_block": True,
+            "num_experts": 4,
+            "top_k_experts": 2,
+            "moe_intermediate_size": 24,
+            "final_logit_softcapping": 2.0,
+            "rope_parameters": {
+                "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+            },
+        },
+    ),
+    "mimo_v2_flash": (
+        "mimo_v2_flash",
+        {
+            "n_routed_experts": 8,
+            "head_dim": 16,
+            **SIZED,
+            **MOE,
+            **GROUPS,
+            **LOCAL,
+            "num_key_value_heads": 1,
+            "v_head_dim": 12,
+            "layer_types": ["full_attention", *["sliding_attention"] * 2, "full_attention"],
+            "rope_parameters": {
+                "full_attention": {
+                    "rope_type": "default",
+                    "rope_theta": 5e4,
+                    "partial_rotary_factor": 0.5,
+                },
+                "sliding_attention": {
+                    "rope_type": "default",
+                    "rope_theta": 1e4,
+                    "partial_rotary_factor": 0.25,
+                },
+            },
+        },
+    ),
+    "gemma4_unified": (
+        "gemma4_unified_text",
+        {**{name: WIDE[name] for name in WIDE if "input" not in name}, **FAR},
+    ),
+}
+IDEAS = {"gemma3n", "gemma4", "gemma4-experts"}
+IDEAS |= {"afmoe", "apertus", "nanochat", "bloom-after", "llama4", "bert", "phimoe"}
 IDEAS |= {"deepseek_v2-groups", "deepseek_v3", "minicpm3-longrope"}
 IDEAS |= {"lfm2_moe", "qwen3_next", "olmo_hybrid"}
 IDEAS |= {"falcon_h1", "nemotron_h"}
 MODELS |= MORE | LATEST
+MODELS["kimi_linear"] = (
+    "kimi_linear",
+    {
+        **{name: x for name, x in DIRECT.items() if name != "head_dim"},
+        **SIZED,
+        **MOE,
+        "num_key_value_heads": 4,
+        "num_local_experts": 8,
+        "n_group": 4,
+        "topk_group": 2,
+        "n_shared_experts": 2,
+        "linear_head_dim": 6,
+        "linear_num_heads": 3,
+        "layer_types": ["linear_attention", "full_attention"] * 2,
+    },
+)
+LATEST["kimi_linear"] = MODELS["kimi_linear"]
 ENDS = {name: SMALL[name] for name in ("vocab_size", "bos_token_id", "eos_token_id")}
 PLAIN = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4}
 PLACES = {"max_position_embeddings": 64}
@@ -576,6 +688,16 @@ SEES_TEXT |= {"num_attention_heads": 2, "image_size": 16, "patch_size": 8, "wind
 SEES_TEXT |= {"global_attn_indexes": [0]}
 TOWERS = {  # name -> text_config, vision_config, more
     "gemma3": ({"head_dim": 16, **LOCAL}, EYES, {"mm_tokens_per_image": 4}),
+    "gemma4": (
+        {**WIDE, **FAR, "vocab_size_per_layer_input": 61},
+        {**EYES, "num_key_value_heads": 2, "head_dim": 8, "position_embedding_size": 16},
+        {"audio_config": None},
+    ),
+    "gemma4_unified": (
+        {**{name: WIDE[name] for name in WIDE if "input" not in name}, **FAR},
+        {"patch_size": 4, "mm_embed_dim": 16, "mm_posemb_size": 8, "output_proj_dims": 16},
+        {"audio_config": None},
+    ),
     "mistral3": ({"model_type": "mistral", "head_dim": 8}, {**EYES, "model_type": "pixtral"}, {}),
     "qwen2_vl": (MROPE, {**QWEN_EYES, "hidden_size": 32}, {}),
     "qwen2_5_vl": (MROPE, QWEN_EYES, {}),
@@ -635,3 +757,17 @@ def of_family(kind):
         if other == kind:
             return settings(name)
     return {**SMALL, **TOWERS.get(kind.removesuffix("_text"), ({},))[0]}
+
+
+def wrap_text(folder, name, architecture):
+    """Write a folder of a model of text again as that of a model of images around it, of which the
+    class of transformers needs a package more (timm): config.json and the names of its tensors.
+    """
+    settings = json.loads((folder / "config.json").read_text())
+    sees = {"vision_config": {"hidden_size": 16}, "image_token_id": 3, "audio_config": None}
+    whole = {"model_type": name, "architectures": [architecture], "text_config": settings, **sees}
+    (folder / "config.json").write_text(json.dumps(whole))
+    tensors = load_file(folder / "model.safetensors")
+    turned = {x.replace("model.", "model.language_model.", 1): y for x, y in tensors.items()}
+    eyes = {"model.vision_tower.timm_model.conv.weight": next(iter(tensors.values()))[:1].clone()}
+    save_file({**turned, **eyes}, folder / "model.safetensors")

@@ -103,7 +103,7 @@ TESTED_BY = {
     "evaluation.evaluation": "evaluation: scores",
     "evaluation.pictures": "evaluation: drawing",
     "kernels.kernels": "kernels: products reference sdpa",
-    "layers.layers": "layers: activations products",
+    "layers.layers": "layers: activations factors products",
     "layers.scans": "layers: gated_linear delta_rule state_spaces",
     "quantization.quantization": "quantization: formats multiplying packed reports schemes "
     "tiling transforms",
@@ -117,7 +117,8 @@ TESTED_BY = {
     "testing.testing": "testing: agreement dense strategies transforms; "
     "testing.laws: acceptances comparisons kernels pasts samplers texts trees",
     "training.training": "training: losses",
-    "transformer.transformer": "transformer: arguments config forward head_groups layer model weights",
+    "transformer.layer_inputs": "transformer: streams layer_sizes layer_spec; caches: grouped",
+    "transformer.transformer": "transformer: affine arguments config feed_forward forward head_groups layer model weights",
     "vocabulary.vocabulary": "vocabulary: api functions likelihoods operators passes; transformer: "
     "likelihoods",
     "tree.tree": "tree: mapping nodes summaries",
@@ -128,9 +129,9 @@ TESTED_BY = {
     # One function in several modules.
     "checkpoints.families.families": ": families; checkpoints.families: conventions layouts "
     "metadata positions tables weights",
-    "family_peers": "checkpoints.families: bart bert delta_nets dense_variants distances falcon fused gated gemma gpt "
-    "gpt_variants granite granite_mixtures laguna latent_layouts latent_variants layer_norms llama llama4 "
-    "llama_variants mambas mixture_variants mixtures nemotron_hybrids olmo router_variants short_convolutions "
+    "family_peers": "checkpoints.families: bart bert delta_nets dense_variants distances falcon fused gated gemma gemma4 gpt "
+    "gpt_variants granite granite_mixtures kimi laguna latent_layouts latent_variants layer_norms llama llama4 "
+    "llama_variants mambas mimo mixture_variants mixtures nemotron_hybrids olmo router_variants short_convolutions "
     "sigmoid_mixtures towers",
     "gguf_families": "checkpoints.families: architectures gguf_tensors latent_gguf",
     "kernels.closed.flash": "kernels.closed: algebra functions log_sum_exp operators specs; "

@@ -4,11 +4,12 @@ step by step, saved, read back.
 
 import json
 import math
+import shutil
 
 import pytest
 import torch
 import transformers
-from family_models import IDEAS, LATEST, MODELS, MORE, TEXT, TOWERS, T, V, settings
+from family_models import IDEAS, LATEST, MODELS, MORE, TEXT, TOWERS, T, V, settings, wrap_text
 from safetensors.torch import load_file, save_file
 from samples import load
 from torch.func import grad, jvp, vmap
@@ -23,8 +24,8 @@ EACH = [marked(name, MODELS.keys() - MORE.keys() - LATEST.keys()) for name in MO
 
 
 def biases(model):
-    """What routers add for the choice of experts, which are buffers."""
-    ends = "correction_bias", "expert_bias"
+    """Weights that are buffers: what routers add for the choice of experts, scales of layers."""
+    ends = "correction_bias", "expert_bias", "layer_scalar"
     return [x for name, x in model.named_buffers() if name.endswith(ends)]
 
 
@@ -231,6 +232,47 @@ def test_the_text_of_a_model_of_images_is_that_of_the_original(name, tmp_path):
     torch.testing.assert_close(
         theirs(read.eval(), tokens()), theirs(model, tokens()), atol=2e-5, rtol=0
     )
+
+
+@pytest.mark.slow
+def test_the_text_of_gemma3n_is_read_of_the_files_of_its_wrapper(originals, tmp_path):
+    model, folder = originals("gemma3n")
+    shutil.copytree(folder, tmp_path / "whole")
+    wrap_text(tmp_path / "whole", "gemma3n", "Gemma3nForConditionalGeneration")
+    with pytest.warns(UserWarning, match="is a gemma3n, of which the text is read"):
+        config, params, _ = load(tmp_path / "whole")
+    ours = fa.decoder(config)
+    got = ours.logits(params, ours.hidden(params, tokens())[0])
+    torch.testing.assert_close(got, theirs(model, tokens()), atol=1e-4, rtol=0)
+
+
+def test_keys_that_published_files_have_of_layers_without_are_left_out(originals, tmp_path):
+    """Those of layers that read the keys of others; of another layer they are an error."""
+    _, folder = originals("gemma4")
+    shutil.copytree(folder, tmp_path / "more")
+    tensors = load_file(folder / "model.safetensors")
+    extra = {f"model.layers.{i}.self_attn.k_norm.weight": torch.ones(8) for i in (4, 5)}
+    save_file({**tensors, **extra}, tmp_path / "more" / "model.safetensors")
+    assert fa.tree.allclose(load(tmp_path / "more").params, load(folder).params, atol=0, rtol=0)
+    extra = {"model.layers.3.self_attn.v_norm.weight": torch.ones(8)}
+    save_file({**tensors, **extra}, tmp_path / "more" / "model.safetensors")
+    with pytest.raises(fa.families.CheckpointError, match="v_norm"):
+        load(tmp_path / "more")
+
+
+def test_heads_of_far_layers_are_read_of_older_files_too(originals):
+    """By `global_head_dim`, where a file has no `per_layer_config`."""
+    _, folder = originals("gemma4-experts")
+    settings = json.loads((folder / "config.json").read_text())
+    older = {**settings, "per_layer_config": None, "global_head_dim": 12}
+    older["num_global_key_value_heads"] = 1
+    wanted = fa.families.read_config(settings)
+    assert fa.families.read_config(older) == wanted
+    assert (wanted.head_size, wanted.local_head_size, wanted.kv_heads) == (12, 8, 1)
+    odd = {**settings, "per_layer_config": {"0": {"head_dim": 12}}}
+    for given in (odd["per_layer_config"], {"1": {"head_dim": 12}}, {"1": 3}, [], "x"):
+        with pytest.raises(fa.families.CheckpointError, match="per_layer_config in config"):
+            fa.families.read_config({**settings, "per_layer_config": given})
 
 
 def test_what_is_neither_text_nor_known_of_images_is_refused_by_name(tmp_path):

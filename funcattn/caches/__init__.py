@@ -19,6 +19,7 @@ later logits into NaN.
     quantized_blocks   QuantizedCache: 8 or 4 bits; codes their arithmetic
     sliding_window     Ring: a sliding window and attention sinks, constant memory
     branch             Branch: a tail behind a prefix; fork, flatten
+    grouped            Grouped: one cache for each size of keys
     hybrid             Hybrid: rows of attention and the states of recurrent layers
     sharded            ShardedCache: rows divided among devices
     static             Memory: keys and values of another sequence, read only
@@ -32,6 +33,7 @@ from .branch import Branch, flatten, fork, fork_many, rows_of
 from .codes import QuantizedBlock
 from .delta import joined
 from .dense import Cache
+from .grouped import Grouped
 from .hybrid import Hybrid
 from .making import make
 from .paged import Pages, pages
@@ -45,6 +47,7 @@ from .protocol import (
     check_whole,
     commit,
     commit_donated,
+    groups,
     grow,
     keeps_all,
     overflowed,
@@ -78,6 +81,7 @@ __all__ = [
     "Cache",
     "QuantizedBlock",
     "Delta",
+    "Grouped",
     "Hybrid",
     "Memory",
     "Pages",
@@ -95,6 +99,7 @@ __all__ = [
     "fork",
     "fork_many",
     "grow",
+    "groups",
     "joined",
     "keeps_all",
     "make",

@@ -4,6 +4,7 @@
 """
 
 import functools
+import itertools
 from typing import NamedTuple
 
 import torch
@@ -17,6 +18,7 @@ from ..layers import State
 from ..records import record
 from . import display
 from .dense import Cache
+from .grouped import Grouped, each, split
 from .hybrid import Hybrid
 from .protocol import (
     Delta,
@@ -24,6 +26,7 @@ from .protocol import (
     Past,
     capacity,
     check_whole,
+    groups,
     grow,
     keeps_all,
     overflowed,
@@ -74,6 +77,8 @@ def fork_many(cache: Past, delta: Delta, size: int) -> KVCache:
     """`fork` for many futures: the tail of a `Branch` is stored once too, before a new tail."""
     if isinstance(cache, Hybrid):
         return cache._replace(rows=fork_many(cache.rows, delta._replace(steps=()), size))
+    if isinstance(cache, Grouped):
+        return each(cache, lambda group, some: fork_many(group, some, size), split(cache, delta))
     if not isinstance(cache, Branch):
         return fork(cache, delta, size)
     after = fork_many(cache.tail, delta, size)
@@ -82,11 +87,15 @@ def fork_many(cache: Past, delta: Delta, size: int) -> KVCache:
     return Branch(cache.prefix, after)
 
 
-def _tail(delta: Delta, size: int) -> Cache | Hybrid:
-    k, v = delta.k[0], delta.v[0]
-    room = lambda x: x.new_zeros(len(delta.k), x.shape[-3], size + 1, x.shape[-1])
-    rows = Cache(room(k), room(v), torch.zeros((), dtype=torch.int64, device=k.device))
-    return Hybrid(rows, tuple(steps.before for steps in delta.steps)) if delta.steps else rows
+def _tail(delta: Delta, size: int) -> Cache | Grouped | Hybrid:
+    alike = lambda rows: [(x.shape[-3], x.shape[-1]) for x in rows]
+    made: list[Cache] = []
+    for _, some in itertools.groupby(zip(delta.k, delta.v, strict=True), alike):
+        (k, v), *more = some
+        rows = [x.new_zeros(1 + len(more), x.shape[-3], size + 1, x.shape[-1]) for x in (k, v)]
+        made.append(Cache(rows[0], rows[1], torch.zeros((), dtype=torch.int64, device=k.device)))
+    whole = made[0] if len(made) == 1 else Grouped(tuple(made))
+    return Hybrid(whole, tuple(steps.before for steps in delta.steps)) if delta.steps else whole
 
 
 @door
@@ -94,7 +103,7 @@ def flatten(branch: KVCache) -> KVCache:
     """The prefix with the rows of the tail appended: a cache of the prefix's kind and capacity.
 
     Args:
-        branch: a `Branch`, or a `Hybrid` whose rows are one.
+        branch: a `Branch`, or a `Hybrid` or a `Grouped` of such.
 
     Raises:
         ValueError: the prefix has no room for the tail.
@@ -102,6 +111,8 @@ def flatten(branch: KVCache) -> KVCache:
     """
     if found := states(branch):
         return Hybrid(flatten(_rows_alone(branch)), found)
+    if isinstance(branch, Grouped):
+        return each(branch, flatten)
     if not isinstance(branch, Branch):
         errors.fail(
             "flatten",
@@ -166,6 +177,18 @@ def _(cache: Hybrid, delta: Delta, size: int) -> Hybrid:
     return cache._replace(rows=fork(cache.rows, delta._replace(steps=()), size))
 
 
+@fork.register
+def _(cache: Grouped, delta: Delta, size: int) -> Grouped:
+    return each(cache, lambda group, some: fork(group, some, size), split(cache, delta))
+
+
+@rows_of.register
+def _(cache: Grouped) -> Delta:
+    found = [rows_of(group) for group in cache.groups]
+    keys, values = ([x[side] for x in found] for side in (0, 1))
+    return Delta(tuple(itertools.chain(*keys)), tuple(itertools.chain(*values)))
+
+
 @keeps_all.register
 def _(cache: Branch) -> bool:
     return keeps_all(cache.prefix) and keeps_all(cache.tail)
@@ -184,6 +207,12 @@ def _(cache: Branch) -> int:
 @sizes.register
 def _(cache: Branch) -> tuple[int, int, int]:
     return sizes(cache.tail)
+
+
+@groups.register
+def _(cache: Branch) -> tuple[KVCache, ...]:
+    found = groups(cache.tail)
+    return found if len(found) > 1 else (cache,)
 
 
 @overflowed.register

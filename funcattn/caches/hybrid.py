@@ -23,6 +23,7 @@ from .protocol import (
     Delta,
     KVCache,
     capacity,
+    groups,
     grow,
     keeps_all,
     overflowed,
@@ -71,6 +72,11 @@ def _(cache: Hybrid) -> int:
 @sizes.register
 def _(cache: Hybrid) -> tuple[int, int, int]:
     return sizes(cache.rows)
+
+
+@groups.register
+def _(cache: Hybrid) -> tuple[KVCache, ...]:
+    return groups(cache.rows)
 
 
 @overflowed.register

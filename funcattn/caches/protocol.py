@@ -38,6 +38,12 @@ def sizes(cache: KVCache) -> tuple[int, int, int]:
 
 
 @functools.singledispatch
+def groups(cache: KVCache) -> tuple[KVCache, ...]:
+    """The caches that it consists of, each of layers whose keys have one size; mostly itself."""
+    return (cache,)
+
+
+@functools.singledispatch
 def overflowed(cache: KVCache) -> Tensor:
     """Bool (): True after a commit that did not fit, in a transform where it could not raise.
 

@@ -20,7 +20,7 @@ from ..core.errors import fail
 from ..decoding.speculative.heads import Head, HeadParams
 from ..models import Model
 from ..records import ABSENT, is_absent
-from ..transformer import Config, Layer, Params, lm_head
+from ..transformer import Config, Layer, Params, check_one, lm_head, why_not
 from .families import CheckpointError, read_config
 from .families.tables import Json
 from .regular_files import check_regular, of_one_save, read_json
@@ -101,6 +101,7 @@ def load_head(
 
 
 def _load(folder: Path, target: Config, params: Params) -> tuple[Head, HeadParams]:
+    check_one("drafters.load_head", target)
     values = read_json(folder / "config.json")
     kind = str(values.get("speculators_model_type", "eagle3"))
     if kind not in NAMES:
@@ -119,6 +120,8 @@ def _load(folder: Path, target: Config, params: Params) -> tuple[Head, HeadParam
             "model_type of the layers", f"one of {', '.join(FAMILIES)}", settings.get("model_type")
         )
     config = read_config(settings)
+    if why := why_not(config):
+        _refuse("the fields of its layers", "those of a plain decoder", why)
     if config.width != target.width:
         _refuse("hidden_size", f"that of the target, {target.width}", config.width)
     layers = target.layers

@@ -23,7 +23,7 @@ from ..tree import Tree
 from .families import CheckpointError
 from .hf.folder import read_folder
 from .hf.weights import Cut
-from .loading import Loaded, by_columns, load
+from .loading import Loaded, load
 from .sources import locate
 from .writing import UNCHANGED, reason_of
 
@@ -73,7 +73,7 @@ def load_sharded(
         return lambda path, shape: bounds(shape, of[path], coordinates, sizes)
 
     config, params, tokenizer = read_folder(path, dtype, cut)
-    return Loaded(config, sharding.from_local(by_columns(params), cuts, mesh), tokenizer)
+    return Loaded(config, sharding.from_local(params, cuts, mesh), tokenizer)
 
 
 def _is_shape(node: object) -> bool:

@@ -117,7 +117,8 @@ def _matched(
         for name, place in found.items()
         if place in floats or place in matrices
     }
-    sources = families.in_layout(config, families.locate_tensors(family, config), shapes)
+    sources = compressed.by_leaves(families.locate_tensors(family, config), kinds)
+    sources = families.in_layout(config, sources, shapes)
     wanted = families.wanted(config, sources)
     head = family.tensors["head"]
     extra = {x for x in found if x not in wanted and not (config.tied and x == head)}

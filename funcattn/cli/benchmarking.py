@@ -21,6 +21,7 @@ import funcattn as fa
 
 from .. import quantization, tree
 from ..core import atomic
+from ..transformer import cache_sizes
 from . import memory_limit
 from .sessions import load
 from .terminal import say, working
@@ -138,8 +139,8 @@ def measure(
                 if turn >= WARMUP:
                     seconds[name].append(time.perf_counter() - begun)
     bandwidth = memory_limit.bandwidth(size, {name: median(s) for name, s in seconds.items()})
-    heads, *features = config.cached
-    remembered = config.layers * heads * sum(features) * params.norm.element_size()
+    rows = (layers * heads * (D + Dv) for layers, heads, D, Dv in cache_sizes(config))
+    remembered = sum(rows) * params.norm.element_size()
     past = remembered * (options.context + options.tokens / 2)
     found = []
     for name in candidates:

@@ -101,7 +101,7 @@ def _answer(
     if last is None:
         return talk  # no tokens were written: drop the question
     # a stream writes behind the past that it is given
-    assert isinstance(last.cache, (caches.Branch, caches.Hybrid))
+    assert isinstance(last.cache, (caches.Branch, caches.Grouped, caches.Hybrid))
     past = caches.flatten(last.cache)
     return Talk(
         past, (*wanted, *last.tokens)[: int(past.length)], (*messages, message("assistant", said))

@@ -12,6 +12,7 @@ from .. import tree
 from ..checkpoints import surveying
 from ..core.errors import printable
 from ..quantization import is_quantized
+from ..transformer import cache_sizes
 from . import machine
 from .sessions import load
 
@@ -53,11 +54,13 @@ def run(options: argparse.Namespace) -> int | None:
             session.model.cache(0, dtype=dtype)
         )
     name = str(dtype).removeprefix("torch.")
-    heads, key, value = config.cached
-    rows = f"{heads} heads x {key}" if key == value else f"{heads} heads x {key} and {value}"
-    rows = f"keys and values of {config.layers} layers x {rows}"
+    features = lambda key, value: f"{key}" if key == value else f"{key} and {value}"
+    rows = "keys and values of " + ", ".join(
+        f"{count} layers x {heads} heads x {features(*sides)}"
+        for count, heads, *sides in cache_sizes(config)
+    )
     if config.latent_size:
-        rows = f"latents of {config.layers} layers x {key}"
+        rows = f"latents of {config.layers} layers x {config.cached[1]}"
     print(f"\ncache, {name} {rows}")
     for tokens in (1000, config.context):
         print(f"  {f'{tokens} tokens':<14} {tokens * per_token / 2**20:.1f} MiB")

@@ -64,6 +64,8 @@ OF_LAYERS = {
     "experts": (False,),
     "mixer": ("attention",),
     "feeds": (True,),
+    "keys_of": (None,),
+    "sparsity": (0.0,),
 }
 LANES = 16  # the size of a head is a multiple of it
 

@@ -129,6 +129,8 @@ def jacobian_lens(
 
 def residuals(door: str, model: Model, params: Tree, tokens: Tensor) -> Residuals:
     """The residuals after each layer, found in a forward pass of these tokens."""
+    if model.config is not None:
+        transformer.check_one(door, model.config)
     seen: dict[str, Tensor] = {}
 
     def keep(name: str, x: Tensor) -> None:

@@ -64,7 +64,12 @@ def attention_pattern(model: Model, params: Tree, tokens: Tensor, layer: int) ->
     mask = transformer.layer_context(config, spec, positions, None, k.dtype, True).mask
     identity = torch.eye(T, dtype=k.dtype, device=k.device).expand(*k.shape[:-1], T)
     segment = kernels.KVSegment(k, identity, () if mask is None else mask)
-    sinks = params.layers[layer].sinks if config.sinks else None
+    one = transformer.of_layer(config, spec)
+    sinks = params.layers[layer].sinks if one.sinks else None
     return kernels.attend_segments(
-        q, [segment], scale=config.scale, cap=config.attention_cap, sinks=sinks
+        q,
+        [segment],
+        scale=one.scale,
+        cap=config.attention_cap,
+        sinks=sinks,
     )

@@ -2,6 +2,7 @@
 
     products    linear, linears, dense, embed: dispatch on the type of the weight; Blocks
     dense_products   products of float32 with many vectors, by the faster library
+    factors     Factors: a weight of low rank, as its two matrices
     layouts     fields: how the tensors of a weight are divided among devices
     prepared    prepare: the memory layout of a weight that compiled decoding reads fastest
     norms       rms_norm, layer_norm
@@ -19,12 +20,13 @@ Matrices are (out, in), as torch and Hugging Face store them. A quantized weight
 registers its implementations.
 """
 
-from .activations import ACTIVATIONS, activate, gated, times, xielu
+from .activations import ACTIVATIONS, activate, gated, sparse, times, xielu
 from .alibi import COLUMNS as ALIBI_COLUMNS
 from .alibi import key_columns, query_columns, slopes
 from .delta_rule import gated_delta, gated_delta_states
 from .delta_states import DeltaState, DeltaSteps, delta_net
 from .experts import linear_experts, route
+from .factors import Factors
 from .gated_linear import linear_attention, linear_attention_states
 from .layouts import fields
 from .norms import layer_norm, rms_norm
@@ -60,6 +62,7 @@ __all__ = [
     "ConvolutionSteps",
     "DeltaState",
     "DeltaSteps",
+    "Factors",
     "RopeScaling",
     "Rotation",
     "Scanned",
@@ -99,6 +102,7 @@ __all__ = [
     "rows_from",
     "rows_times",
     "slopes",
+    "sparse",
     "space_net",
     "state_after",
     "state_space",

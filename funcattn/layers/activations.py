@@ -50,6 +50,23 @@ def xielu(x: Tensor, weights: Tensor) -> Tensor:
     return torch.where(x > 0, grown, decayed) + XIELU_SLOPE * x
 
 
+def sparse(x: Tensor, share: float) -> Tensor:
+    """relu(x - mean - z std) over the last axis: zero in that share of it, were x normal.
+
+    z is the quantile of the normal distribution at the share.
+
+    Example:
+        >>> x = torch.linspace(-1, 1, 100)
+        >>> int((sparse(x, 0.9) > 0).sum())
+        13
+
+    Source: Gemma team, Gemma 3n (2025).
+    """
+    wide = torch.promote_types(x.dtype, torch.float32)
+    z = torch.special.ndtri(torch.full((), share, dtype=wide, device=x.device)).to(x.dtype)
+    return F.relu(x - x.mean(-1, keepdim=True) - z * x.std(-1, keepdim=True, correction=0))
+
+
 def times(x: Tensor, factor: float) -> Tensor:
     """x times a factor of a config; x itself where it is 1."""
     return x if factor == 1.0 else x * factor

@@ -32,7 +32,7 @@ class DeltaState(NamedTuple):
 class DeltaSteps(NamedTuple):
     """What T new tokens write: steps of the convolution, and what the scan has read.
 
-    k (*lead, K, T, Dk), v (*lead, H, T, Dv), log_decay (*lead, H, T, 1), beta (*lead, H, T).
+    k (*lead, K, T, Dk), v (*lead, H, T, Dv), log_decay (*lead, H, T, 1 or Dk), beta (*lead, H, T).
     before, memory: (*lead, H, Dk, Dv), before the first token and after the last.
     """
 

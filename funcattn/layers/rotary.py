@@ -18,7 +18,7 @@ from torch import Tensor
 from ..core import errors
 from ..kernels.products import computed
 
-KINDS = ("linear", "dynamic", "yarn", "llama3", "longrope")
+KINDS = ("linear", "dynamic", "yarn", "llama3", "longrope", "proportional")
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,7 @@ class RopeScaling:
             context / high fast.
         "longrope" divides each frequency by a number per pair: from `short` up to `context`
             positions, from `long` beyond (Ding et al., arXiv:2402.13753).
+        "proportional" turns the fastest pairs alone, `share` of all, divided by factor.
     attention: factor of cos and sin (yarn, longrope).
 
     The angles of "dynamic" and "longrope" depend on the length of the whole text: one token beyond
@@ -55,6 +56,7 @@ class RopeScaling:
     attention: float = 1.0
     short: tuple[float, ...] = ()
     long: tuple[float, ...] = ()
+    share: float = 1.0  # of the pairs that turn (proportional)
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
@@ -120,6 +122,9 @@ def frequencies(
         return turn
     if scaling.kind == "linear":
         return turn / scaling.factor
+    if scaling.kind == "proportional":
+        turning = torch.arange(len(turn), device=device) < int(scaling.share * D // 2)
+        return torch.where(turning, turn / scaling.factor, 0.0)
     if scaling.kind == "dynamic":
         if length is None:
             return turn

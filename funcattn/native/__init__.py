@@ -1,9 +1,9 @@
 """C++ operators, compiled at their first use; without them everything works, more slowly.
 
 building    load: compile, cache, register with torch; or the reason why not
-products.h  the arithmetic of products; floats.h that of the operations between them
-products.cpp  vector instructions (AVX2, AVX-512 VNNI), and funcattn::products: matrices times a
-              few vectors
+products.h  the arithmetic of products; floats.h that of the operations between them; lanes.h the
+            vector instructions of both (AVX2, AVX-512 VNNI)
+products.cpp  funcattn::products: matrices times vectors
 coded.cpp   funcattn::coded_attend: attention over a past in codes; codes.h its arithmetic
 layers.cpp  funcattn::layers: all layers of a decoder for a few tokens; matrices.h is common
 dense.cpp   funcattn::linear: a matrix of floats times many vectors

@@ -56,6 +56,7 @@ SOURCES = tuple(
         "dense.h",
         "words.cpp",
         "cipher.h",
+        "lanes.h",
         "products.h",
         "floats.h",
         "codes.h",

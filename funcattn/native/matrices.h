@@ -15,6 +15,7 @@ struct Matrix {
   const float* scale;  // one a row, or null
   int kind;
   int64_t rows, tiles, bytes;
+  int digits;  // of the vectors: 3, or 1 where they are rounded to 8 bits
 };
 
 struct Floats {
@@ -27,6 +28,7 @@ struct Floats {
 };
 
 // The matrices that blocks, (tiles, blocks of K, bytes) or floats (tiles, K, 16), and scales hold, checked; K is the length of their rows.
+// Bytes are uint8, or int8 where the matrix multiplies vectors rounded to 8 bits.
 std::vector<Matrix> matrices(const Tensors& blocks, const Tensors& scales, const std::vector<int64_t>& rows, const std::vector<int64_t>& K);
 
 // Several matrices times the same T vectors x (T, K): y (T, step), the results of a vector behind each other.

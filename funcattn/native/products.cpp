@@ -4,8 +4,6 @@
 // Both sets of instructions are compiled, and the processor is asked at run time. Only the stable ABI of torch is used, which takes
 // seconds to compile where all of its headers take a minute.
 
-#include <immintrin.h>
-
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
@@ -19,178 +17,10 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include "lanes.h"
 #include "matrices.h"
-#include "targets.h"
 
-// What has an index known to the compiler is a register.
-#define UNROLLED _Pragma("GCC unroll 8")
-#if defined(__clang__)
-#define VECTORIZED
-#else
-#define VECTORIZED __attribute__((optimize("O3")))
-#endif
-#define DIGITS 3  // of 8 bits each: a number of 24 bits, as the digits of a float32 are
-
-static inline int least(int64_t a, int64_t b) { return int(a < b ? a : b); }
-
-// Of the largest float of a block without its sign, as an integer: whether it is finite, not 0, and beyond 2^-64 .. 2^64.
-static inline bool is_beyond(uint32_t most) { return most && most < 0x7f800000u && (most < 0x1f800000u || most > 0x5f800000u); }
-
-BEGIN_TARGET_AVX512
-namespace avx512 {
-constexpr int MOST = 4;
-using Int = __m512i;
-using Real = __m512;
-static inline Int zero_int() { return _mm512_setzero_si512(); }
-static inline Real zero_real() { return _mm512_setzero_ps(); }
-static inline Int broadcast(int32_t v) { return _mm512_set1_epi32(v); }
-static inline Real broadcast(float v) { return _mm512_set1_ps(v); }
-static inline Int load(const uint8_t* p) { return _mm512_loadu_si512(p); }
-static inline Int low_nibbles(Int c) { return _mm512_and_si512(c, _mm512_set1_epi8(15)); }
-static inline Int high_nibbles(Int c) { return low_nibbles(_mm512_srli_epi32(c, 4)); }
-static inline Int four(const int8_t* d) {
-  int32_t v;
-  __builtin_memcpy(&v, d, 4);
-  return _mm512_set1_epi32(v);
-}
-static inline Int dot_nibbles(Int a, Int codes, const int8_t* d) { return _mm512_dpbusd_epi32(a, codes, four(d)); }
-static inline Int dot_bytes(Int a, Int codes, const int8_t* d) { return _mm512_dpbusd_epi32(a, codes, four(d)); }
-static inline Int shifted(Int a) { return _mm512_slli_epi32(a, 8); }
-static inline Int plus(Int a, Int b) { return _mm512_add_epi32(a, b); }
-static inline Real to_real(Int a) { return _mm512_cvtepi32_ps(a); }
-static inline Real fma(Real a, Real b, Real c) { return _mm512_fmadd_ps(a, b, c); }
-static inline Real times(Real a, Real b) { return _mm512_mul_ps(a, b); }
-static inline Real load_half(const uint8_t* p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p)); }
-static inline Real load_real(const uint8_t* p) { return _mm512_loadu_ps((const float*)p); }
-static inline Real load_some(const float* p, int n) { return _mm512_maskz_loadu_ps(__mmask16((1u << n) - 1), p); }
-static inline void store_some(float* p, Real v, int n) { _mm512_mask_storeu_ps(p, __mmask16((1u << n) - 1), v); }
-static inline void round_all(const float* v, int32_t* to) {
-  for (int i = 0; i < 32; i += 16) _mm512_store_si512(to + i, _mm512_cvtps_epi32(_mm512_load_ps(v + i)));
-}
-static inline Real plus(Real a, Real b) { return _mm512_add_ps(a, b); }
-static inline Real over(Real a, Real b) { return _mm512_div_ps(a, b); }
-static inline float sum_of(Real a) { return _mm512_reduce_add_ps(a); }
-static inline Real greater(Real a, Real b) { return _mm512_max_ps(a, b); }
-static inline bool has_nan(Real a) { return _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q) != 0; }
-// The sums over the lanes of 16 vectors.
-static inline Real sums_of(const Real* v) {
-  Real fours[4];
-  UNROLLED
-  for (int i = 0; i < 4; i++) {
-    Real pairs[2];
-    UNROLLED
-    for (int j = 0; j < 2; j++) {
-      const Real a = v[4 * i + 2 * j], b = v[4 * i + 2 * j + 1];
-      pairs[j] = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
-    }
-    const __m512d a = _mm512_castps_pd(pairs[0]), b = _mm512_castps_pd(pairs[1]);
-    fours[i] = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(a, b)), _mm512_castpd_ps(_mm512_unpackhi_pd(a, b)));
-  }
-  const auto halves = [](Real a, Real b) { return _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd)); };
-  return halves(halves(fours[0], fours[1]), halves(fours[2], fours[3]));
-}
-static inline Real bounded(Real a) { return _mm512_min_ps(broadcast(105.0f), _mm512_max_ps(broadcast(-105.0f), a)); }  // NaN stays
-static inline Real whole_part(Real a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
-static inline Real times_power(Real a, Real n) { return _mm512_scalef_ps(a, n); }
-#include "products.h"
-#include "floats.h"
-#include "codes.h"
-}  // namespace avx512
-END_TARGET
-
-BEGIN_TARGET_AVX2
-namespace avx2 {
-constexpr int MOST = 2;
-struct Int {
-  __m256i a, b;
-};
-struct Real {
-  __m256 a, b;
-};
-static inline Int zero_int() { return {_mm256_setzero_si256(), _mm256_setzero_si256()}; }
-static inline Real zero_real() { return {_mm256_setzero_ps(), _mm256_setzero_ps()}; }
-static inline Int broadcast(int32_t v) { return {_mm256_set1_epi32(v), _mm256_set1_epi32(v)}; }
-static inline Real broadcast(float v) { return {_mm256_set1_ps(v), _mm256_set1_ps(v)}; }
-static inline Int load(const uint8_t* p) { return {_mm256_loadu_si256((const __m256i*)p), _mm256_loadu_si256((const __m256i*)(p + 32))}; }
-static inline __m256i low(__m256i c) { return _mm256_and_si256(c, _mm256_set1_epi8(15)); }
-static inline Int low_nibbles(Int c) { return {low(c.a), low(c.b)}; }
-static inline Int high_nibbles(Int c) { return {low(_mm256_srli_epi32(c.a, 4)), low(_mm256_srli_epi32(c.b, 4))}; }
-static inline __m256i four(const int8_t* d) {
-  int32_t v;
-  __builtin_memcpy(&v, d, 4);
-  return _mm256_set1_epi32(v);
-}
-// Pairs of products have 16 bits there: 2 * 15 * 128 fits, and what is less than 16 times that does after a second multiplication.
-static inline __m256i weighed(__m256i codes, __m256i d, int by) {
-  return _mm256_madd_epi16(_mm256_maddubs_epi16(codes, d), _mm256_set1_epi16(short(by)));
-}
-static inline Int dot_nibbles(Int a, Int codes, const int8_t* at) {
-  const __m256i d = four(at);
-  return {_mm256_add_epi32(a.a, weighed(codes.a, d, 1)), _mm256_add_epi32(a.b, weighed(codes.b, d, 1))};
-}
-static inline __m256i dot_byte(__m256i a, __m256i codes, __m256i d) {
-  return _mm256_add_epi32(a, _mm256_add_epi32(weighed(low(codes), d, 1), weighed(low(_mm256_srli_epi32(codes, 4)), d, 16)));
-}
-static inline Int dot_bytes(Int a, Int codes, const int8_t* at) {
-  const __m256i d = four(at);
-  return {dot_byte(a.a, codes.a, d), dot_byte(a.b, codes.b, d)};
-}
-static inline Int shifted(Int a) { return {_mm256_slli_epi32(a.a, 8), _mm256_slli_epi32(a.b, 8)}; }
-static inline Int plus(Int a, Int b) { return {_mm256_add_epi32(a.a, b.a), _mm256_add_epi32(a.b, b.b)}; }
-static inline Real to_real(Int a) { return {_mm256_cvtepi32_ps(a.a), _mm256_cvtepi32_ps(a.b)}; }
-static inline Real fma(Real a, Real b, Real c) { return {_mm256_fmadd_ps(a.a, b.a, c.a), _mm256_fmadd_ps(a.b, b.b, c.b)}; }
-static inline Real times(Real a, Real b) { return {_mm256_mul_ps(a.a, b.a), _mm256_mul_ps(a.b, b.b)}; }
-static inline Real load_half(const uint8_t* p) {
-  return {_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)), _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)(p + 16)))};
-}
-static inline Real load_real(const uint8_t* p) { return {_mm256_loadu_ps((const float*)p), _mm256_loadu_ps((const float*)(p + 32))}; }
-static inline Real load_some(const float* p, int n) {
-  float v[16] = {};
-  __builtin_memcpy(v, p, 4 * size_t(n));
-  return load_real((const uint8_t*)v);
-}
-static inline void store_some(float* p, Real r, int n) {
-  float v[16];
-  _mm256_storeu_ps(v, r.a);
-  _mm256_storeu_ps(v + 8, r.b);
-  __builtin_memcpy(p, v, 4 * size_t(n));
-}
-static inline void round_all(const float* v, int32_t* to) {
-  for (int i = 0; i < 32; i += 8) _mm256_store_si256((__m256i*)(to + i), _mm256_cvtps_epi32(_mm256_load_ps(v + i)));
-}
-static inline Real plus(Real a, Real b) { return {_mm256_add_ps(a.a, b.a), _mm256_add_ps(a.b, b.b)}; }
-static inline Real over(Real a, Real b) { return {_mm256_div_ps(a.a, b.a), _mm256_div_ps(a.b, b.b)}; }
-static inline float sum_of(Real r) {
-  const __m256 both = _mm256_add_ps(r.a, r.b);
-  __m128 half = _mm_add_ps(_mm256_castps256_ps128(both), _mm256_extractf128_ps(both, 1));
-  half = _mm_add_ps(half, _mm_movehl_ps(half, half));
-  return _mm_cvtss_f32(_mm_add_ss(half, _mm_movehdup_ps(half)));
-}
-static inline Real greater(Real a, Real b) { return {_mm256_max_ps(a.a, b.a), _mm256_max_ps(a.b, b.b)}; }
-static inline bool has_nan(Real r) {
-  return _mm256_movemask_ps(_mm256_cmp_ps(r.a, r.a, _CMP_UNORD_Q)) || _mm256_movemask_ps(_mm256_cmp_ps(r.b, r.b, _CMP_UNORD_Q));
-}
-static inline Real sums_of(const Real* v) {
-  float sums[16];
-  for (int j = 0; j < 16; j++) sums[j] = sum_of(v[j]);
-  return load_real((const uint8_t*)sums);
-}
-static inline __m256 within(__m256 a) { return _mm256_min_ps(_mm256_set1_ps(105.0f), _mm256_max_ps(_mm256_set1_ps(-105.0f), a)); }
-static inline Real bounded(Real a) { return {within(a.a), within(a.b)}; }  // NaN stays
-static inline __m256 rounded(__m256 a) { return _mm256_round_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
-static inline Real whole_part(Real a) { return {rounded(a.a), rounded(a.b)}; }
-static inline __m256 power(__m256 n) { return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtps_epi32(_mm256_add_ps(n, _mm256_set1_ps(127.0f))), 23)); }
-// 2^n by halves: n is from -152 to 152, and a number has exponents from -126 to 127.
-static inline __m256 scaled(__m256 a, __m256 n) {
-  const __m256 half = rounded(_mm256_mul_ps(n, _mm256_set1_ps(0.5f)));
-  return _mm256_mul_ps(_mm256_mul_ps(a, power(half)), power(_mm256_sub_ps(n, half)));
-}
-static inline Real times_power(Real a, Real n) { return {scaled(a.a, n.a), scaled(a.b, n.b)}; }
-#include "products.h"
-#include "floats.h"
-#include "codes.h"
-}  // namespace avx2
-END_TARGET
+constexpr int64_t DIGIT_BYTES = 1 << 18;  // a part of the second cache
 
 namespace {
 
@@ -254,12 +84,13 @@ std::vector<Matrix> matrices(const Tensors& blocks, const Tensors& scales, const
     STD_TORCH_CHECK(rows[i] >= 0 && w.dim() == 3 && w.size(0) == (rows[i] + 15) / 16, "funcattn::products: rows should be as many as the tiles have");
     if (of_floats) {
       STD_TORCH_CHECK(w.is_contiguous() && w.size(1) == K[i] && w.size(2) == 16, "funcattn::products: floats should be contiguous (tiles, K, 16)");
-      all.push_back({w.data_ptr(), nullptr, FLOATS, rows[i], w.size(0), 4 * w.numel()});
+      all.push_back({w.data_ptr(), nullptr, FLOATS, rows[i], w.size(0), 4 * w.numel(), 0});
       continue;
     }
-    STD_TORCH_CHECK(w.dim() == 3 && w.is_contiguous() && w.scalar_type() == torch::headeronly::ScalarType::Byte && w.size(1) == (K[i] + 31) / 32,
-                    "funcattn::products: blocks should be contiguous uint8 (tiles, blocks of K, bytes)");
-    Matrix one = {w.data_ptr(), nullptr, kind_of(w.size(2)), rows[i], w.size(0), w.numel()};
+    const bool rounds = w.scalar_type() == torch::headeronly::ScalarType::Char;
+    STD_TORCH_CHECK(w.dim() == 3 && w.is_contiguous() && (rounds || w.scalar_type() == torch::headeronly::ScalarType::Byte) && w.size(1) == (K[i] + 31) / 32,
+                    "funcattn::products: blocks should be contiguous uint8 or int8 (tiles, blocks of K, bytes)");
+    Matrix one = {w.data_ptr(), nullptr, kind_of(w.size(2)), rows[i], w.size(0), w.numel(), rounds ? 1 : DIGITS};
     if (one.kind == avx2::ROW8) {
       STD_TORCH_CHECK(taken < scales.size(), "funcattn::products: a scale for each row");
       const Tensor& s = scales[taken++];
@@ -287,6 +118,15 @@ uint32_t most_of(const float* x, int64_t count) {
   return most;
 }
 
+// As `packed.rounded`: to multiples of the 127th part of the largest.
+void round_bytes(float* v, int count) {
+  const uint32_t most = most_of(v, count);
+  float unit;
+  std::memcpy(&unit, &most, 4);
+  unit /= 127;
+  for (int j = 0; j < count; j++) v[j] = unit ? std::nearbyint(v[j] / unit) * unit : 0.0f;
+}
+
 double half_of(const uint8_t* at) {
   uint16_t h;
   std::memcpy(&h, at, 2);
@@ -311,9 +151,13 @@ void add_beyond(const Matrix& w, const std::vector<Beyond>& beyond, const float*
   const auto product = [&](int64_t t, int64_t b, int64_t row) {
     const int64_t lane = row % 16;
     const uint8_t *const at = (const uint8_t*)w.blocks + (row / 16 * B + b) * bytes_of(w.kind), *const after = at + codes_of(w.kind);
-    const float* const v = x + t * K + 32 * b;
+    const float* const from = x + t * K + 32 * b;
+    const int count = least(columns_of(w.kind), K - 32 * b);
+    float v[32];
+    std::copy(from, from + count, v);
+    if (w.digits == 1) round_bytes(v, count);
     double sum = 0, all = 0;
-    for (int j = 0; j < least(columns_of(w.kind), K - 32 * b); j++) {
+    for (int j = 0; j < count; j++) {
       const int byte = at[(is_eight ? j / 4 : j % 16 / 4) * 64 + lane * 4 + j % 4];
       const int code = is_eight ? byte : j < 16 ? byte & 15 : byte >> 4;
       sum += double(code - offset_of(w.kind)) * v[j];
@@ -333,51 +177,78 @@ void add_beyond(const Matrix& w, const std::vector<Beyond>& beyond, const float*
   }
 }
 
+// The digits of T vectors x (T, K), where one of the matrices multiplies so many.
+struct Digits {
+  const int P;
+  const float* const x;
+  const int64_t T, K, B;
+  std::unique_ptr<char[]> room;
+  int8_t* digits;
+  int32_t* sums;
+  float *unit, *total;
+  std::vector<Beyond> beyond;
+
+  Digits(const Matrix* which, int64_t count, int P, const float* x, int64_t T, int64_t K)
+      : P(P), x(x), T(T), K(K), B((K + 31) / 32) {
+    if (std::none_of(which, which + count, [P](const Matrix& w) { return w.digits == P; })) return;
+    const int64_t many = T * B;
+    digits = (int8_t*)aligned(room, size_t(many * (32 * P + 4 * P + 8)));
+    sums = (int32_t*)(digits + many * 32 * P);
+    unit = (float*)(sums + many * P);
+    total = unit + many;
+    const auto digits_of = chosen == AVX512 ? avx512::digits_of(P) : avx2::digits_of(P);
+    std::vector<int64_t> odd(T);
+    torch::stable::parallel_for(0, T, 1 + 65536 / (K + 1), [&](int64_t begin, int64_t end) {
+      for (int64_t t = begin; t < end; t++)
+        odd[t] = digits_of(x + t * K, K, B, digits + 32 * P * t * B, sums + P * t * B, unit + t * B, total + t * B);
+    });
+    for (int64_t t = 0; t < T; t++)
+      for (int64_t b = 0; odd[t] && b < B; b++)
+        if (is_beyond(most_of(x + t * K + 32 * b, least(32, K - 32 * b)))) beyond.push_back({t, b});
+  }
+
+  void times(const Matrix& w, int64_t begin, int64_t end, float* y, int64_t step) const {
+    const auto* const codes = (const uint8_t*)w.blocks;
+    if (chosen == AVX512)
+      avx512::rows_of(P, w.kind)(codes, w.scale, {digits, sums, unit, total, B}, T, w.rows, begin, end, y, step);
+    else
+      avx2::rows_of(P, w.kind)(codes, w.scale, {digits, sums, unit, total, B}, T, w.rows, begin, end, y, step);
+    if (!beyond.empty()) add_beyond(w, beyond, x, K, begin, end, y, step);
+  }
+};
+
 void multiply(const Matrix* which, int64_t count, const float* x, int64_t T, int64_t K, float* y, int64_t step) {
-  const int64_t B = (K + 31) / 32;
   std::vector<int64_t> first(count + 1, 0), tiles(count + 1, 0);  // row of the result, and tile, at which a matrix begins
-  int64_t bytes = 0;
+  int64_t bytes = 0, digits = 1;
   for (int64_t i = 0; i < count; i++) {
     first[i + 1] = first[i] + which[i].rows;
     tiles[i + 1] = tiles[i] + which[i].tiles;
     bytes += which[i].bytes;
+    digits = std::max(digits, int64_t(which[i].digits));
   }
-  if (T == 0 || first[count] == 0) return;
+  if (first[count] == 0) return;
 
-  const bool has_codes = std::any_of(which, which + count, [](const Matrix& w) { return w.kind != FLOATS; });
-  std::unique_ptr<char[]> room;
-  const int64_t many = has_codes ? T * B : 0;
-  int8_t* const digits = (int8_t*)aligned(room, size_t(many * (32 * DIGITS + 4 * DIGITS + 8)));
-  int32_t* const sums = (int32_t*)(digits + many * 32 * DIGITS);
-  float* const unit = (float*)(sums + many * DIGITS);
-  float* const total = unit + many;
-  const auto digits_of = chosen == AVX512 ? avx512::digits_of : avx2::digits_of;
-  std::vector<Beyond> beyond;
-  for (int64_t t = 0; has_codes && t < T; t++)
-    if (digits_of(x + t * K, K, B, digits + 32 * DIGITS * t * B, sums + DIGITS * t * B, unit + t * B, total + t * B))
-      for (int64_t b = 0; b < B; b++)
-        if (is_beyond(most_of(x + t * K + 32 * b, least(32, K - 32 * b)))) beyond.push_back({t, b});
-
-  const auto run = [&](int64_t begin, int64_t end) {
-    for (int64_t i = 0; i < count; i++) {
-      const int64_t low = begin > tiles[i] ? begin - tiles[i] : 0;
-      const int64_t high = (end < tiles[i + 1] ? end : tiles[i + 1]) - tiles[i];
-      if (low >= high) continue;
-      const Matrix& w = which[i];
-      if (w.kind == FLOATS) {
-        floats().rows((const float*)w.blocks, x, T, K, w.rows, low, high, y + first[i], step);
-        continue;
+  const int64_t most = std::max(int64_t(16), DIGIT_BYTES / (digits * (K + 1)));  // vectors whose digits stay near while the matrices are read
+  for (int64_t t = 0, some; t < T; t += some) {
+    some = std::min(most, T - t);
+    const float* const from = x + t * K;
+    float* const to = y + t * step;
+    const Digits three(which, count, DIGITS, from, some, K), one(which, count, 1, from, some, K);
+    const auto run = [&](int64_t begin, int64_t end) {
+      for (int64_t i = 0; i < count; i++) {
+        const int64_t low = begin > tiles[i] ? begin - tiles[i] : 0;
+        const int64_t high = (end < tiles[i + 1] ? end : tiles[i + 1]) - tiles[i];
+        if (low >= high) continue;
+        const Matrix& w = which[i];
+        if (w.kind == FLOATS)
+          floats().rows((const float*)w.blocks, from, some, K, w.rows, low, high, to + first[i], step);
+        else
+          (w.digits == 1 ? one : three).times(w, low, high, to + first[i], step);
       }
-      const uint8_t* const codes = (const uint8_t*)w.blocks;
-      if (chosen == AVX512)
-        avx512::rows_of[w.kind](codes, w.scale, {digits, sums, unit, total, B}, T, w.rows, low, high, y + first[i], step);
-      else
-        avx2::rows_of[w.kind](codes, w.scale, {digits, sums, unit, total, B}, T, w.rows, low, high, y + first[i], step);
-      if (!beyond.empty()) add_beyond(w, beyond, x, K, low, high, y + first[i], step);
-    }
-  };
-  const int64_t share = 1 + 65536 * tiles[count] / (1 + bytes * T);  // of tiles that is worth waking a thread for
-  torch::stable::parallel_for(0, tiles[count], share, run);
+    };
+    const int64_t share = 1 + 65536 * tiles[count] / (1 + bytes * some);  // of tiles that is worth waking a thread for
+    torch::stable::parallel_for(0, tiles[count], share, run);
+  }
 }
 
 STABLE_TORCH_LIBRARY(funcattn, m) {

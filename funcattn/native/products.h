@@ -8,6 +8,8 @@
 //
 //     x[k] ~ unit * (d0[k] 256^(P-1) + ... + d(P-1)[k])          digits from -128 to 127
 //
+// With three digits that is all of a float; one digit rounds x to -127 .. 127 units, as `packed.rounded` does, to the same numbers.
+//
 // so that sums of products of codes and digits are sums of integers, and exact. Units are between 2^-87 and 2^41, where no product of
 // floats here is rounded to what has fewer digits or overflows before the result does: a block whose largest number is beyond 2^-64 ..
 // 2^64 has no digits, and products.cpp multiplies it by itself.
@@ -46,32 +48,20 @@ VECTORIZED static int64_t to_digits(const float* x, int64_t K, int64_t blocks, i
     alignas(64) float v[32];
     alignas(64) int32_t whole[32];
     const int64_t first = 32 * b, count = K - first < 32 ? K - first : 32;
-    for (int j = 0; j < 32; j++) v[j] = j < count ? x[first + j] : 0.0f;
-    uint32_t most = 0;  // of floats without their sign, which are ordered as integers; NaN is above infinity
-    for (int j = 0; j < 32; j++) {
-      uint32_t as_integer;
-      __builtin_memcpy(&as_integer, v + j, 4);
-      as_integer &= 0x7fffffffu;
-      most = as_integer > most ? as_integer : most;
-    }
+    if (count == 32)
+      __builtin_memcpy(v, x + first, sizeof v);
+    else
+      for (int j = 0; j < 32; j++) v[j] = j < count ? x[first + j] : 0.0f;
+    const uint32_t most = most_in(v);  // of floats without their sign, which are ordered as integers; NaN is above infinity
     float size;
     __builtin_memcpy(&size, &most, 4);
     const bool finite = most < 0x7f800000u, is_odd = is_beyond(most), has_digits = finite && most && !is_odd;
     odd += is_odd;
-    const float by = has_digits ? largest / size : 0.0f;
-    for (int j = 0; j < 32; j++) v[j] = has_digits ? v[j] * by : 0.0f;
+    const float by = has_digits ? largest / size : 0.0f, step = has_digits ? size / largest : 1.0f;
+    for (int j = 0; j < 32; j++) v[j] = !has_digits ? 0.0f : P == 1 ? v[j] / step : v[j] * by;
     round_all(v, whole);
     int8_t* const to = digits + 32 * P * b;
-    for (int p = P - 1; p >= 0; p--) {
-      int32_t sum = 0;
-      for (int j = 0; j < 32; j++) {
-        const int32_t digit = int32_t(int8_t(whole[j]));
-        whole[j] = (whole[j] - digit) >> 8;
-        to[32 * p + j] = int8_t(digit);
-        sum += digit;
-      }
-      sums[P * b + p] = sum;
-    }
+    for (int p = P - 1; p >= 0; p--) sums[P * b + p] = split_last(whole, to + 32 * p);
     float all = 0.0f;
     for (int p = 0; p < P; p++) all = all * 256.0f + float(sums[P * b + p]);
     unit[b] = finite ? (has_digits ? size / largest : 0.0f) : __builtin_nanf("");
@@ -148,18 +138,23 @@ static inline Vectors from(const Vectors& x, int P, int64_t t) {
 // Rows 16 begin .. 16 end of y, a vector of N each `step` numbers; those from N on are not written.
 template <int KIND, int P>
 static void rows(const uint8_t* blocks, const float* scale, const Vectors& x, int64_t T, int64_t N, int64_t begin, int64_t end, float* y, int64_t step) {
+  constexpr int MANY = P == 1 ? 2 * MOST : MOST;
   for (int64_t n = begin; n < end; n++) {
     const uint8_t* const at = blocks + n * x.blocks * bytes_of(KIND);
     const int count = N - 16 * n < 16 ? int(N - 16 * n) : 16;
-    for (int64_t t = 0, left = (T + MOST - 1) / MOST; t < T; left--) {  // parts of like sizes
-      Real out[MOST];
+    for (int64_t t = 0, left = (T + MANY - 1) / MANY; t < T; left--) {  // parts of like sizes
+      Real out[MANY];
       const int many = int((T - t + left - 1) / left);
       const Vectors part = from(x, P, t);
       switch (many) {
         case 1: tile<KIND, P, 1>(at, part, out); break;
         case 2: tile<KIND, P, 2>(at, part, out); break;
-        case 3: tile<KIND, P, MOST < 3 ? MOST : 3>(at, part, out); break;
-        default: tile<KIND, P, MOST>(at, part, out);
+        case 3: tile<KIND, P, MANY < 3 ? MANY : 3>(at, part, out); break;
+        case 4: tile<KIND, P, MANY < 4 ? MANY : 4>(at, part, out); break;
+        case 5: tile<KIND, P, MANY < 5 ? MANY : 5>(at, part, out); break;
+        case 6: tile<KIND, P, MANY < 6 ? MANY : 6>(at, part, out); break;
+        case 7: tile<KIND, P, MANY < 7 ? MANY : 7>(at, part, out); break;
+        default: tile<KIND, P, MANY>(at, part, out);
       }
       for (int i = 0; i < many; i++, t++) {
         if (KIND == ROW8) out[i] = times(out[i], load_some(scale + 16 * n, count));
@@ -172,7 +167,8 @@ static void rows(const uint8_t* blocks, const float* scale, const Vectors& x, in
 using Rows = void (*)(const uint8_t*, const float*, const Vectors&, int64_t, int64_t, int64_t, int64_t, float*, int64_t);
 using ToDigits = int64_t (*)(const float*, int64_t, int64_t, int8_t*, int32_t*, float*, float*);
 
-constexpr Rows rows_of[KINDS] = {
-    rows<ROW8, DIGITS>, rows<HALF8, DIGITS>, rows<REAL8, DIGITS>, rows<CENTERED4, DIGITS>, rows<HALF4, DIGITS>, rows<REAL4, DIGITS>,
-    rows<AFFINE8, DIGITS>, rows<NARROW8, DIGITS>};
-constexpr ToDigits digits_of = to_digits<DIGITS>;
+template <int P>
+constexpr Rows ROWS[KINDS] = {rows<ROW8, P>, rows<HALF8, P>, rows<REAL8, P>, rows<CENTERED4, P>, rows<HALF4, P>, rows<REAL4, P>, rows<AFFINE8, P>, rows<NARROW8, P>};
+
+static Rows rows_of(int digits, int kind) { return (digits == 1 ? ROWS<1> : ROWS<DIGITS>)[kind]; }
+static ToDigits digits_of(int digits) { return digits == 1 ? to_digits<1> : to_digits<DIGITS>; }

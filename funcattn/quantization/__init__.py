@@ -7,6 +7,7 @@
     fast          products with the value of a fast kernel and the derivatives of the plain form
     packed tiles  weights in the layouts of torch's integer kernels and of the C++ operator
     transforms    quantize, dequantize
+    rounding      round_activations: products with vectors of 8 bits
     reports       the error of each leaf
     calibration   gptq, awq, smooth, clipped: codes and scales fitted to the activations of a text
 
@@ -29,6 +30,7 @@ from .formats import (
     is_quantized,
 )
 from .reports import Report, report
+from .rounding import RoundedInputs, round_activations
 from .schemes import Scheme, fp8, int4, int8, nf4, ternary, w8a8
 from .transforms import dequantize, is_multiplied, quantize
 
@@ -42,6 +44,7 @@ __all__ = [
     "Int8Dynamic",
     "OrderedInt4",
     "Report",
+    "RoundedInputs",
     "Scheme",
     "Ternary",
     "Where",
@@ -56,6 +59,7 @@ __all__ = [
     "predicate",
     "quantize",
     "report",
+    "round_activations",
     "ternary",
     "w8a8",
 ]

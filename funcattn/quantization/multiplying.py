@@ -45,7 +45,7 @@ from .packed import (
     straight_through,
     times_codes,
 )
-from .tiles import DynamicTiles, NarrowTiles, Tiles, value
+from .tiles import COLUMNS, DynamicTiles, NarrowTiles, Tiles, by_one_digit, value
 from .tiling import tile_affine, tile_int4, tile_int8, tile_narrow
 
 MOST_IN_BFLOAT16 = 24  # rows up to which products of three bfloat16 digits beat expanding the codes
@@ -167,6 +167,8 @@ def _form_dynamic(weight: Int8Dynamic, rows: int) -> Weight:
     if packed is not None:
         return packed
     tiles = tile_int8(*weight, rows=rows)
+    if tiles is not None and weight.shape[-1] == COLUMNS * weight.scale.shape[-1]:
+        return by_one_digit(tiles)
     return None if tiles is None else DynamicTiles(tiles, weight.scale)
 
 

@@ -6,8 +6,11 @@ The matrix is read sequentially once, for 1 to 16 vectors. A vector is split int
 bits with a unit for each block, so codes times digits are integers and their sums exact; a number
 has an error of at most 2^-23 of the largest of its block. (A block whose largest is beyond 2^-64 ..
 2^64 is multiplied without digits.) So the product is as accurate as one of floats, whatever the
-dtype and size of the vector. A tile is 16 rows, a block of it 16 rows and 32 columns: codes,
-scales, zero points. A tile of floats is its 16 rows, column by column.
+dtype and size of the vector. Where the bytes of a matrix are int8 instead of uint8, its vectors
+have one digit: they are rounded as by `packed.rounded` in groups of 32, and multiplied exactly.
+
+A tile is 16 rows, a block of it 16 rows and 32 columns: codes, scales, zero points. A tile of
+floats is its 16 rows, column by column.
 """
 
 from collections.abc import Sequence
@@ -46,7 +49,7 @@ NARROW = 336  # bytes of a block of 16 columns
 @record
 class Tiles(NamedTuple):
     """blocks uint8 (N / 16, K / 32, bytes), rounded up, or float32 (N / 16, K, 16); scale float32
-    (N, 1) if there is one a row.
+    (N, 1) if there is one a row. The same bytes as int8 multiply vectors rounded to 8 bits.
 
     Otherwise scale is (), or (N, 0) where N is no multiple of 16: without a tensor compiled code
     has one guard fewer.
@@ -79,6 +82,11 @@ class NarrowTiles(NamedTuple):
     tiles: Tiles
 
 
+def by_one_digit(tiles: Tiles) -> Tiles:
+    """The same matrix, of which 32 divides the columns, for vectors rounded to 8 bits."""
+    return tiles._replace(blocks=tiles.blocks.view(torch.int8))
+
+
 @native.once
 def missing() -> str:
     """ "" where the operator runs, else why not. One thread registers it; others wait."""
@@ -106,6 +114,7 @@ def expand_tiles(blocks: Tensor, scale: Tensor | tuple[()], N: int, K: int) -> T
     """The matrix (N, K) in float32 of tiles."""
     if blocks.dtype == torch.float32:
         return blocks.mT.flatten(0, 1)[:N]
+    blocks = blocks.view(torch.uint8)
     bits, dtype, has_zero, offset = FORMS[blocks.shape[-1]]
     narrow = blocks.shape[-1] == NARROW
     size = ROWS * COLUMNS * bits // (16 if narrow else 8)
@@ -222,11 +231,21 @@ def _plain(
     blocks: Sequence[Tensor], scales: Sequence[Tensor], rows: Sequence[int], x: Tensor
 ) -> Tensor:
     left = iter(scales)
-    each = [
-        expand_tiles(b, next(left) if has_row_scale(b) else (), n, x.shape[-1])
-        for b, n in zip(blocks, rows, strict=True)
-    ]
-    return F.linear(x, torch.cat(each))
+    near = (
+        straight_through(x, x.shape[-1] // COLUMNS)
+        if any(b.dtype == torch.int8 for b in blocks)
+        else x
+    )
+    return torch.cat(
+        [
+            F.linear(
+                near if b.dtype == torch.int8 else x,
+                expand_tiles(b, next(left) if has_row_scale(b) else (), n, x.shape[-1]),
+            )
+            for b, n in zip(blocks, rows, strict=True)
+        ],
+        -1,
+    )
 
 
 def _like(

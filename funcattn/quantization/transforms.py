@@ -17,8 +17,10 @@ from .formats import expand, is_quantized
 from .schemes import Scheme, int8
 
 MATRICES = r"(.*\.)?(q|k|v|o|gate|up|down|q_down|kv_down|mixer_in|mixer_gate|mixer_out)"
-ENDS = r"embedding|head"
-LEFT = r"(.*\.)?(shared_(gate|up|down)|attention_gate)"  # not chosen by default
+ENDS = r"embedding|head|layer_embedding"
+# not chosen by default
+LEFT = r"(.*\.)?(shared_(gate|up|down)|attention_gate|input_(gate|out)|laurel_(up|down)"
+LEFT += r"|mixer_(gate|rate)_down)|layer_projection|embedding_(in|out)|streams_(in|out)"
 
 
 def is_multiplied(path: str) -> bool:
@@ -43,8 +45,9 @@ def quantize(scheme: Scheme, where: Where | None = None) -> Callable[[Tree], Tre
         scheme: int8, int4, w8a8, nf4, fp8, ternary, or another `Scheme`.
         where: a regular expression that the whole path must match, or a predicate of (path,
             weight); all selected leaves use `scheme`. None selects q, k, v, o, gate, up and down,
-            and mixer_in, mixer_gate and mixer_out, of every layer, and embedding and head with
-            `scheme.for_head`; norms, biases, routers and learned positions are not quantized.
+            and mixer_in, mixer_gate and mixer_out, of every layer, and embedding, layer_embedding
+            and head with `scheme.for_head`; norms, biases, routers and learned positions are not
+            quantized.
 
     Raises:
         ValueError: a weight with NaN or Inf, or that the scheme cannot encode (the message names

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from ..core import errors
 from ..core.doors import door
 from ..layers import Weight
-from ..transformer import DATA, TENSOR, Config, shapes
+from ..transformer import DATA, TENSOR, Config, of_layer, shapes
 from .mesh import Mesh, axes_of
 
 CONTEXT = "context"
@@ -182,8 +182,10 @@ def cost(
     )
     activation = here * config.width * nbytes
     add(TENSOR, "all_reduce", "forward", 2 * L, t, activation)
-    sizes_of_head = sum(config.head_sizes)
-    keys = here * max(1, config.kv_heads // t) * sizes_of_head * nbytes
+    each = [of_layer(config, config.layer_spec(i)) for i in range(L)]
+    sizes_of_head = sum(sum(one.head_sizes) for one in each) / L
+    keys = sum(max(1, one.kv_heads // t) * sum(one.head_sizes) for one in each) / L
+    keys *= here * nbytes
     if tokens > 1:
         add(CONTEXT, "permute", "forward", (c - 1) * 2 * L, c, keys / 2)
     else:

@@ -57,6 +57,11 @@ def sharded(model: Model, mesh: Mesh) -> Model:
         remedy = "Map a function of it with specs of its own: shard_map(f, mesh, ...)."
         got = f"{len(model.config.recurrent_layers)} recurrent layers"
         errors.fail("shard_map", "model", "one of attention alone over a Grid", got, remedy)
+    if isinstance(mesh, Grid) and len(model.config.cache_groups) > 1:
+        remedy = "Map a function of it with specs of its own: shard_map(f, mesh, ...)."
+        errors.fail(
+            "shard_map", "model", "one with keys of one size over a Grid", "of several", remedy
+        )
     run = _simulate(model, mesh) if isinstance(mesh, Grid) else _speak(mesh)
     fields: dict[str, Callable[..., Tree]] = {
         name: door(run(name, getattr(model, name)), name=name) for name in Model.FUNCTIONS

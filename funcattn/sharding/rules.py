@@ -19,7 +19,7 @@ from ..layers import Weight
 from ..low_rank import Lora, LoraStack
 from ..quantization import RECORDS
 from ..records import is_absent
-from ..transformer import DATA, TENSOR, Config, Layer, shapes
+from ..transformer import DATA, TENSOR, Config, Layer, of_layer, shapes
 from ..transformer.partition import CUTS, Division, division
 from ..tree import Tree
 from .mesh import Mesh, P, PartitionSpec, Rule, Rules, axes_of, pieces
@@ -60,13 +60,14 @@ def replicated() -> tuple[Rule, ...]:
 
 
 def _rules(config: Config | None, size: int | None, data: str | None) -> tuple[Rule, ...]:
-    n = 1 if config is None or size is None or size % config.kv_heads else size
     rules = []
     for name in CUTS:
         # from the spec and block to the layers
         ways: dict[tuple[PartitionSpec, int], list[int]] = {}
         for number, rank, experts in _weights(config, name):
-            cut = division(config, name, rank, n, experts=experts)
+            one = None if config is None else of_layer(config, config.layer_spec(number))
+            n = 1 if one is None or size is None or size % one.kv_heads else size
+            cut = division(one, name, rank, n, experts=experts)
             ways.setdefault((_spec(cut, rank, data), cut.block), []).append(number)
         for (spec, block), numbers in ways.items():
             layers = r"\d+" if len(ways) == 1 else f"({'|'.join(map(str, numbers))})"

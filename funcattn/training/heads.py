@@ -21,7 +21,7 @@ from ..core.doors import door, what_is
 from ..decoding.speculative.heads import KINDS, Head, HeadParams, carried, hidden
 from ..models import Model
 from ..records import ABSENT, is_absent
-from ..transformer import Config, Params, initialize, lm_head
+from ..transformer import Config, Params, check_one, initialize, lm_head
 from ..tree import Tree
 from ..vocabulary import cross_entropy
 from .combined import chain, clip
@@ -139,6 +139,11 @@ def new_head(
     key: Tensor, target: Config, params: Params, kind: str = "eagle3"
 ) -> tuple[Head, HeadParams]:
     """A head of this kind with random weights, for a target of this config."""
+    check_one("drafters.train_head", target)
+    if target.embedding_size:
+        remedy = "Draft with a model, or what the text repeats (drafters.suffix)."
+        wanted, got = "one whose embedding has its width", f"one of {target.embedding_size}"
+        errors.fail("drafters.train_head", "model", wanted, got, remedy)
     L, E = target.layers, target.width
     config = Config(
         vocabulary=target.vocabulary,

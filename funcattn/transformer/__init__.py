@@ -1,6 +1,7 @@
 """The decoder: one Config, one tree of Params, six pure functions.
 
 mixers        the kinds of layers, attention and recurrent ones
+layer_spec    what differs between layers; layer_sizes says what a Config must say of it
 config        Config: the hyperparameters that weights do not determine
 arguments     tokens, cache, positions and mask of a call, validated
 capabilities  which values of Config a fast path computes: an allow-list
@@ -9,6 +10,7 @@ partition     how each weight is sharded over a mesh: the table
 parallel      collectives of a decoder whose weights or tokens are sharded
 lengths       reading behind a cache where rotary angles follow the length of the text
 recurrent     the recurrent layers by kind, and their states in a cache
+streams       residuals beside each other; layer_inputs: per-layer embeddings
 layer         one layer as a pure function: attention to cache and new tokens, feed-forward
 forward       the forward pass: embedding, the loop over layers, the last norm, the head
 likelihoods   the cross-entropy of next tokens, without all logits
@@ -30,7 +32,8 @@ from .forward import (
     run_layers,
 )
 from .layer import LayerContext, LayerDelta, block
-from .lengths import cache_layers, continues, length_of, noted
+from .layer_spec import of_layer
+from .lengths import cache_layers, cache_sizes, continues, length_of, noted
 from .likelihoods import token_losses, vocabulary_size, weighted_loss
 from .model import decoder
 from .partition import DATA, TENSOR
@@ -45,6 +48,7 @@ from .rereading import (
     renewed,
     rows_of_path,
 )
+from .streams import check_one
 from .weights import Layer, Params, initialize, shapes
 
 # Deprecated names.
@@ -68,6 +72,8 @@ __all__ = [
     "begin",
     "block",
     "cache_layers",
+    "cache_sizes",
+    "check_one",
     "continues",
     "decoder",
     "embed_tokens",
@@ -85,6 +91,7 @@ __all__ = [
     "local_logits",
     "locate",
     "noted",
+    "of_layer",
     "one_by_one",
     "places",
     "positions_of",

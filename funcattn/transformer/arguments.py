@@ -33,16 +33,15 @@ def positions_of(
 
 
 def _check_past(cache: KVCache, config: Config) -> None:
-    wanted, got = (
-        (lengths.cache_layers(config), *parallel.cached(config)[:2]),
-        caches.sizes(cache),
-    )
+    wanted = [each[:3] for each in lengths.cache_sizes(config, parallel.cached)]
+    got = [caches.sizes(group) for group in caches.groups(cache)]
     if got != wanted:
+        shown = lambda found: ", ".join(map(str, found))
         errors.fail(
             "decoder",
             "cache",
-            f"of (layers, kv_heads, head_size) = {wanted}",
-            got,
+            f"of (layers, kv_heads, head_size) = {shown(wanted)}",
+            shown(got),
             "Make it with the cache function of this model.",
         )
     caches.check_whole("decoder", cache)

@@ -37,6 +37,7 @@ GENERAL: Table = {
     **dict.fromkeys(("state_key_size", "state_value_size", "negative_eigenvalues"), ANY),
     **dict.fromkeys(("mixer_norm_epsilon", "mixer_norm_placement", "mixer_norm"), ANY),
     **dict.fromkeys(("mixer_bias", "mixer_output_bias", "step_limit"), ANY),
+    **dict.fromkeys(("mixer_rank", "feature_decay", "mixer_gate_activation"), ANY),
     **dict.fromkeys(("mixer_factors", "attention_factors", "feed_forward_factors"), ((),)),
     "feed_forward_layers": ((),),
     "value_size": (None,),
@@ -51,6 +52,22 @@ GENERAL: Table = {
     "embedding_norm": (False,),
     "first_norm": (True,),
     "head_transform": (False,),
+    "embedding_size": (0,),
+    "local_head_size": (None,),
+    "local_kv_heads": (None,),
+    "local_sinks": (False,),
+    "shared_layers": (0,),
+    "value_norm": (False,),
+    "key_values": (False,),
+    "feed_forward_sizes": ((),),
+    "sparsities": ((),),
+    "experts_apart": (False,),
+    "layer_embedding_size": (0,),
+    "layer_vocabulary": ANY,  # of a layer_embedding_size alone
+    "layer_scale": (False,),
+    "streams": (0,),
+    **dict.fromkeys(("active_stream", "stream_scale"), ANY),  # of streams alone
+    "laurel_size": (0,),
 }
 PLACEMENTS = ("before", "after", "around")
 NORMS_OF_HEADS = ("none", "rms", "rms_width", "layer")
@@ -84,6 +101,8 @@ OF_LAYERS: Table = {
     **dict.fromkeys(("window", "rotary", "local", "experts"), ANY),
     "mixer": ("attention",),
     "feeds": (True,),
+    "keys_of": (None,),
+    "sparsity": (0.0,),
 }
 
 

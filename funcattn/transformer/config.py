@@ -4,16 +4,18 @@ A model family is a setting of these fields, never a subclass: `checkpoints.fami
 from checkpoints.
 """
 
+import functools
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple, NoReturn
+from typing import Any
 
 from .. import layers
 from ..core import errors
 from ..core.doors import made
 from ..layers import RopeScaling
-from .mixers import ATTENTIVE, STATELESS, check_mixers, check_parts
+from .layer_sizes import check_sizes
+from .layer_spec import LayerSpec, far_of, groups_of, near_of, spec_of
+from .mixers import check_latent, check_mixers, check_parts
 
 NORMS = ("rms", "layer")
 HEAD_NORMS = ("none", "rms", "rms_width", "layer", "layer_bias", "unit")
@@ -22,27 +24,6 @@ SCORES = ("softmax", "sigmoid", "sparsemixer")
 POSITIONS = ("rotary", "learned", "alibi", "none")
 GATES = ("none", "width", "head")
 GATE_ACTIVATIONS = ("sigmoid", "softplus")
-
-
-class LayerSpec(NamedTuple):
-    """The fields that differ between layers. Layers with equal specs are one pure function."""
-
-    window: int | None  # tokens each token attends to, itself included; None is all before it
-    rotary: bool
-    local: bool  # True: its rotary base is Config.local_rope_base
-    experts: bool
-    mixer: str = "attention"  # of MIXERS
-    feeds: bool = True  # False: without a feed-forward
-
-    @property
-    def attends(self) -> bool:
-        """True where the layer has attention, whose keys and values are cached."""
-        return self.mixer in ATTENTIVE
-
-    @property
-    def recurs(self) -> bool:
-        """True where the layer has a recurrent state."""
-        return self.mixer not in STATELESS
 
 
 Kind = LayerSpec  # its deprecated name
@@ -103,6 +84,24 @@ class Config:
     latent_size: int = 0  # R: keys and values are made of R features a token; 0 is of the residual
     query_latent_size: int = 0  # so are queries, of so many others; 0 is of the residual
 
+    # Layers of other sizes, or that have more than attention and a feed-forward (Gemma 3n and 4).
+    local_head_size: int | None = None  # D of layers with a window, if another
+    local_kv_heads: int | None = None  # K of these
+    local_sinks: bool = False  # sinks in these layers alone
+    shared_layers: int = 0  # so many, the last, read the keys of the last before them of their kind
+    value_norm: bool = False  # an RMS norm of the values of each head, without weights
+    key_values: bool = False  # in layers without a window values are made by the matrix of keys
+    feed_forward_sizes: tuple[int, ...] = ()  # F of each layer; () is feed_forward
+    sparsities: tuple[float, ...] = ()  # share of the gate's features that are zero; see layers
+    experts_apart: bool = False  # see `apart`: experts and the shared one have norms of their own
+    layer_embedding_size: int = 0  # P, features of a token that each layer reads: `layer_inputs`
+    layer_vocabulary: int = 0  # rows of their table; ids beyond it read the first
+    layer_scale: bool = False  # the residual after a layer, times a weight
+    streams: int = 0  # A, residuals beside each other, of which layers read one: `streams`
+    active_stream: int = 0
+    stream_scale: bool = False  # what the others read of it is scaled, feature by feature
+    laurel_size: int = 0  # features of a low-rank residual beside attention: `streams`
+
     # Recurrent layers, by kind: see `recurrent`. Their state is cached in the place of rows.
     mixers: tuple[str, ...] = ()  # the kind of each layer, of MIXERS; () is attention in all
     convolution_size: int = 0  # W, the width of a short convolution
@@ -117,6 +116,9 @@ class Config:
     mixer_bias: bool = False  # of what a state space makes of its input
     mixer_output_bias: bool = False
     mixer_norm: str = "gated"  # of a state space's gated output, or "before_gate", or "none"
+    mixer_rank: int = 0  # features that a delta net's gate and rates are made of; 0 is of its input
+    feature_decay: bool = False  # a delta net's memory decays by features of its keys, not by heads
+    mixer_gate_activation: str = "silu"  # of a delta net's output, or "sigmoid"
     step_limit: tuple[float, float] = (0.0, math.inf)  # of the steps of a state space
     # Factors of a state space's input, gate, x, keys, queries, steps and output; of attention's
     # input, keys and output; of a feed-forward's gate and output. () is one throughout.
@@ -168,6 +170,7 @@ class Config:
     routed_inputs: bool = False  # weights of experts multiply what these read, not what they give
 
     # Embedding and head.
+    embedding_size: int = 0  # features of embedding and head, if others: matrices to E and back
     embedding_scale: float = 1.0
     embedding_norm: bool = False  # after positions are added
     head_transform: bool = False  # the head reads norm(activation(W x + b)), with the last norm
@@ -241,7 +244,8 @@ class Config:
                     f"even, and at most head_size = {self.head_size}",
                     "Rotary angles turn pairs of features.",
                 )
-        self._check_latent(fail)
+        check_latent(self)
+        check_sizes(self)
         near = self.local_rotary_size
         if near is not None and (
             self.local_rope_base is None or near % 2 or not 0 < near <= self.head_size
@@ -296,33 +300,6 @@ class Config:
                 "Set parallel=True, or let each have its norm.",
             )
 
-    def _check_latent(self, fail: Callable[[str, str, str], NoReturn]) -> None:
-        for name, least in (("value_size", 1), ("latent_size", 0), ("query_latent_size", 0)):
-            size = getattr(self, name)
-            if not (name == "value_size" and size is None) and not errors.is_count(size, least):
-                fail(name, f"a number of features, {least} or more", "Sizes are whole numbers.")
-        if not self.latent_size:
-            if self.query_latent_size:
-                fail("query_latent_size", "0 without a latent_size", "Set both.")
-            return
-        if self.rotary_size is None or not 0 < self.rotary_size < self.head_size:
-            wanted = f"between 0 and head_size = {self.head_size} with a latent_size"
-            fail("rotary_size", wanted, "So many features of a key are the same in all heads.")
-        if self.kv_heads != self.heads:
-            wanted = f"heads = {self.heads} with a latent_size"
-            fail("kv_heads", wanted, "Each head makes its own keys and values of the latent.")
-        if self.positions == "alibi":
-            wanted = "other than 'alibi' with a latent_size"
-            fail("positions", wanted, "The rows of a latent have no columns of positions.")
-        for name, neutral in (
-            ("head_norm", "none"),
-            ("qkv_limit", None),
-            ("attention_gate", "none"),
-            ("local_rotary_size", None),
-        ):
-            if getattr(self, name) != neutral:
-                fail(name, f"{neutral!r} with a latent_size", "No family has both.")
-
     @property
     def head_sizes(self) -> tuple[int, int]:
         """Features of a key, D, and of a value, Dv."""
@@ -346,8 +323,29 @@ class Config:
 
     @property
     def attention_layers(self) -> tuple[int, ...]:
-        """The numbers of the layers with attention: those of the rows of a cache, in order."""
-        return tuple(i for i in range(self.layers) if self.layer_spec(i).attends)
+        """The numbers of the layers whose keys and values are cached, in the order of its rows."""
+        return tuple(i for group in self.cache_groups for i in group)
+
+    @property
+    def cache_groups(self) -> tuple[tuple[int, ...], ...]:
+        """These layers, one group for each size of keys: those with a window come first.
+
+        Example:
+            >>> config = Config(window=8, window_layers=(False, True), local_head_size=8)
+            >>> config.cache_groups, Config().cache_groups
+            (((1,), (0,)), ((0, 1),))
+        """
+        return groups_of(self)
+
+    @functools.cached_property
+    def near(self) -> "Config":
+        """The config of the layers with a window, where these have other heads, or sinks."""
+        return near_of(self)
+
+    @functools.cached_property
+    def far(self) -> "Config":
+        """The config of the others."""
+        return far_of(self)
 
     @property
     def recurrent_layers(self) -> tuple[int, ...]:
@@ -366,18 +364,7 @@ class Config:
             >>> Config(window=8, window_layers=(True, False)).layer_spec(1).window is None
             True
         """
-        has = lambda layers: not layers or layers[layer]
-        mixer = self.mixers[layer] if self.mixers else "attention"
-        attends, feeds = mixer in ATTENTIVE, has(self.feed_forward_layers)
-        local = attends and self.window is not None and has(self.window_layers)
-        return LayerSpec(
-            window=self.window if local else None,
-            rotary=attends and self.positions == "rotary" and has(self.rotary_layers),
-            local=local and self.local_rope_base is not None,
-            experts=bool(self.experts) and has(self.expert_layers) and feeds,
-            mixer=mixer,
-            feeds=feeds,
-        )
+        return spec_of(self, layer)
 
     kind = layer_spec  # its deprecated name
 

@@ -23,9 +23,10 @@ from ..kernels import Part
 from ..layers import Rotation, Weight
 from ..masks import Mask
 from ..records import ABSENT, is_absent
-from . import lengths, parallel
+from . import lengths, parallel, streams
 from .config import Config, LayerSpec
 from .layer import LayerContext, LayerDelta
+from .layer_spec import has_sizes, of_layer
 from .weights import Layer, Params
 
 
@@ -68,6 +69,7 @@ def run_layers(
     mask: Mask | Tensor | None = None,
     in_order: bool = True,
     length: Tensor | None = None,
+    inputs: Tensor | tuple[()] = (),
 ) -> tuple[Tensor, Delta]:
     """The residual after some layers, each computed by `run`, and what they add to the cache.
 
@@ -77,37 +79,49 @@ def run_layers(
         x: the residual (*lead, T, E) before them.
         positions, mask, in_order, length: of the new tokens, as in `layer_context`.
         run: computes one layer.
+        inputs: what each layer reads of the tokens, see `layer_inputs.of_tokens`.
     """
     contexts: dict[LayerSpec, LayerContext] = {}
     added: list[tuple[LayerSpec, LayerDelta]] = []
     for number, (spec, layer) in enumerate(zip(specs, weights, strict=True)):
         if spec not in contexts:
             contexts[spec] = layer_context(config, spec, positions, mask, x.dtype, in_order, length)
-        x, new = run(number, spec, layer, x, contexts[spec])
+        context = contexts[spec]
+        if isinstance(inputs, Tensor):
+            context = context._replace(inputs=inputs.select(-3, number))
+        if spec.keys_of is not None:
+            context = context._replace(lent=added[spec.keys_of][1][:2])
+        x, new = run(number, spec, layer, x, context)
         added.append((spec, new))
+    if has_sizes(config):  # the order of `Config.cache_groups`
+        added.sort(key=lambda each: each[0].window is None)
     keys = tuple(new.k for _, new in added if isinstance(new.k, Tensor))
     values = tuple(new.v for _, new in added if isinstance(new.v, Tensor))
     return x, Delta(keys, values, tuple(new.steps for spec, new in added if spec.recurs))
 
 
 def embed_tokens(config: Config, params: Params, tokens: Tensor, positions: Tensor) -> Tensor:
-    """The residual (*lead, T, E) before the first layer; raises where params do not fit config."""
+    """The residual (*lead, T, E) before the first layer, or streams (*lead, A, T, E) of it.
+
+    Raises:
+        ValueError: params do not fit the config.
+    """
     _check_params(params, config)
     x = parallel.embed(config, params.embedding, tokens)
+    x = layers.linear(params.embedding_in, x) if config.embedding_size else x
     if config.embedding_scale != 1.0:
         # Rounded to the dtype of x first, as in the published models.
         x = x * torch.full((), config.embedding_scale, dtype=x.dtype, device=x.device)
     if config.positions == "learned":
         table = parallel.vector("positions", params.positions, (config.context, config.width))
         x = x + layers.embed(table, positions)
-    if not config.embedding_norm:
-        return x
-    return _norm(config, params, "embedding_norm", x)
+    x = _norm(config, params, "embedding_norm", x) if config.embedding_norm else x
+    return streams.begin(config, params, x)
 
 
 def final_norm(config: Config, params: Params, x: Tensor) -> Tensor:
     """The residual after the last layer, normalized: (*lead, T, E); what the head reads."""
-    x = _norm(config, params, "norm", x)
+    x = _norm(config, params, "norm", streams.end(config, params, x))
     if not config.head_transform:
         return x
     E = config.width
@@ -128,13 +142,14 @@ def _norm(config: Config, params: Params, name: str, x: Tensor) -> Tensor:
 
 
 def lm_head(params: Params) -> Weight:
-    """The weight of the head (V, E); the embedding where they are tied."""
+    """The weight of the head (V, E); the embedding where they are tied, `Factors` of low rank."""
     if not hasattr(params, "head"):
         remedy = "Make them with model.init(key), or take those of fa.load."
         errors.fail(
             "decoder", "params", "the weights of a decoder", what_is(params), remedy, TypeError
         )
-    return params.embedding if is_absent(params.head) else params.head
+    head = params.embedding if is_absent(params.head) else params.head
+    return head if is_absent(params.embedding_out) else layers.Factors(head, params.embedding_out)
 
 
 def predict(config: Config, head: Weight, hidden: Tensor, bias: Weight = ABSENT) -> Tensor:
@@ -181,6 +196,7 @@ def layer_context(
         length: of the text, for rotary angles that follow it: int64 (*lead), or (*lead, T) for each
             token. None is one more than the greatest position.
     """
+    config = of_layer(config, spec)
     T = positions.shape[-1]
     rotation: Rotation | tuple[()] = ()
     if spec.rotary:

@@ -7,22 +7,23 @@ Layers of one spec are one function of different weights: this function is what 
 rematerialized.
 """
 
-import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .. import kernels, layers, taps
+from .. import kernels, layers
 from ..kernels import Kernel, Part
 from ..layers import Rotation, State, Steps, Weight
 from ..masks import Mask
 from ..records import is_absent
-from ..rematerialization import remat
 from ..taps import tap
-from . import head_groups, latent, parallel, recurrent
+from . import head_groups, latent, layer_inputs, parallel, recurrent, streams
+from .affine import affine, affines, norm_of
 from .config import Config, LayerSpec
+from .feed_forward import apart, feed_forward
+from .layer_spec import of_layer
 from .weights import Layer
 
 
@@ -33,6 +34,9 @@ class LayerContext(NamedTuple):
     mask: Mask | Tensor | None
     temperature: Tensor | tuple[()] = ()  # (*lead, 1, T, 1), a factor of queries
     columns: tuple[Tensor, Tensor] | tuple[()] = ()  # of queries and keys, see layers.alibi
+    # Of one layer alone: what it reads of each token, and new keys and values of another layer.
+    inputs: Tensor | tuple[()] = ()  # (*lead, T, P)
+    lent: tuple[Tensor, Tensor] | tuple[()] = ()
 
 
 class LayerDelta(NamedTuple):
@@ -72,56 +76,70 @@ def block(
         state: that of a recurrent layer after the cached tokens; `()` without a cache.
         attention_input: (*lead, T, any width), read in the place of the norm of x.
     """
+    config, before = of_layer(config, spec), ()
+    if config.streams:
+        before = streams.predict(config, weights, x)
+        x = before.select(-3, config.active_stream)
+    parts = (context, past, name, kernel, rows, state, attention_input)
+    x, new = _parts(config, spec, weights, x, *parts)
+    if isinstance(before, Tensor):
+        x = streams.correct(config, weights, before, x, context.inputs)
+    elif isinstance(context.inputs, Tensor):
+        x = x + layer_inputs.added(config, weights, x, context.inputs)
+    x = x * weights.layer_scale if isinstance(weights.layer_scale, Tensor) else x
+    return tap(f"{name}.output", x), new
+
+
+def _parts(
+    config: Config,
+    spec: LayerSpec,
+    weights: Layer,
+    x: Tensor,
+    context: LayerContext,
+    past: Sequence[Part],
+    name: str,
+    kernel: str | Kernel | None,
+    rows: int,
+    state: State,
+    attention_input: Tensor | None,
+) -> tuple[Tensor, LayerDelta]:
+    """The residual behind attention and feed-forward."""
     y, attended, new = x, None, LayerDelta((), ())
     if spec.mixer != "none":
         if attention_input is not None:
             y = attention_input
         elif not is_absent(weights.attention_norm):
-            y = _norm(config, x, weights.attention_norm, weights.attention_norm_bias)
+            y = norm_of(config, x, weights.attention_norm, weights.attention_norm_bias)
         x = y if config.norm_placement == "residual" else x
         attended, new = _mix(config, spec, weights, y, context, past, state, name, kernel, rows)
         if not is_absent(weights.attention_after_norm):
-            attended = _norm(config, attended, weights.attention_after_norm, ())
+            attended = norm_of(config, attended, weights.attention_after_norm, ())
         attended = tap(f"{name}.attention.output", attended)
         x = x if config.parallel else _add(config, x, attended)
+        x = streams.laurel(config, weights, x, y) if config.laurel_size else x
     if not spec.feeds:
-        return tap(f"{name}.output", x), new
+        return x, new
     if not config.shared_norm:
         placed = not is_absent(weights.feed_forward_norm)
         y = (
-            _norm(config, x, weights.feed_forward_norm, weights.feed_forward_norm_bias)
+            norm_of(config, x, weights.feed_forward_norm, weights.feed_forward_norm_bias)
             if placed
             else x
         )
     x = y if config.norm_placement == "residual" else x
-    fed = _feed_forward(config, spec, weights, y, name, rows)
+    if spec.experts and config.experts_apart:
+        fed = apart(config, weights, x, name)
+    else:
+        fed = feed_forward(config, spec, weights, y, name, rows)
     if not is_absent(weights.feed_forward_after_norm):
-        fed = _norm(config, fed, weights.feed_forward_after_norm, ())
+        fed = norm_of(config, fed, weights.feed_forward_after_norm, ())
     fed = tap(f"{name}.feed_forward.output", fed)
     fed = fed if attended is None or not config.parallel else attended + fed
-    return tap(f"{name}.output", _add(config, x, fed)), new
+    return _add(config, x, fed), new
 
 
 def _add(config: Config, x: Tensor, more: Tensor) -> Tensor:
     return x + more if config.residual_scale == 1.0 else x + more * config.residual_scale
-
-
-def _norm(config: Config, x: Tensor, weight: Tensor, bias: Weight) -> Tensor:
-    if config.norm == "rms":
-        return layers.rms_norm(x, weight, epsilon=config.norm_epsilon, offset=config.norm_offset)
-    weight = weight + config.norm_offset if config.norm_offset else weight
-    return layers.layer_norm(x, weight, bias, epsilon=config.norm_epsilon)
-
-
-def _affine(weight: Weight, bias: Weight, x: Tensor, *, ends: bool = False) -> Tensor:
-    """weight x + bias; `ends` is True where the outputs of all devices are summed (psum)."""
-    y = parallel.reduce_from_region(layers.linear(weight, x)) if ends else layers.linear(weight, x)
-    return y if is_absent(bias) else y + bias
-
-
-def _affines(weights: Sequence[Weight], biases: Sequence[Weight], x: Tensor) -> tuple[Tensor, ...]:
-    each = zip(layers.linears(weights, x), biases, strict=True)
-    return tuple(y if is_absent(bias) else y + bias for y, bias in each)
 
 
 def _mix(
@@ -153,7 +171,7 @@ def _mix(
         attended, k, v = _attend(config, spec, weights, y, context, past, name, kernel)
     attended = layers.times(attended, outward)
     if recurred is None:
-        return attended, LayerDelta(k, v)
+        return attended, LayerDelta(k, v) if spec.caches else LayerDelta((), ())
     return recurred[0] + attended, LayerDelta(k, v, recurred[1])
 
 
@@ -175,21 +193,28 @@ def _attend(
             config, spec, weights, y, *of_tokens, past, name=name, kernel=kernel
         )
         mixed = tap(f"{name}.attention.mixed", mixed)
-        return _affine(weights.o, weights.o_bias, mixed, ends=True), row, row[..., :0]
+        return affine(weights.o, weights.o_bias, mixed, ends=True), row, row[..., :0]
     (H, K), (D, Dv) = parallel.heads(config), config.head_sizes
-    q, k, v = _affines(
-        (weights.q, weights.k, weights.v), (weights.q_bias, weights.k_bias, weights.v_bias), y
-    )
-    k = layers.times(k, config.attention_factors[1]) if config.attention_factors else k
+    if context.lent:
+        q, k, v = *affines((weights.q,), (weights.q_bias,), y), *context.lent
+    else:
+        own = ("q", "k") if is_absent(weights.v) else ("q", "k", "v")
+        made = affines(
+            [getattr(weights, x) for x in own], [getattr(weights, f"{x}_bias") for x in own], y
+        )
+        q, k, v = *made[:2], made[-1]
+        k = layers.times(k, config.attention_factors[1]) if config.attention_factors else k
+        k = _heads(config, k, weights.k_norm, weights.k_norm_bias, K, D)
+        # torch.unflatten: torch.compile cannot trace the method under a default device.
+        v = torch.unflatten(v, -1, (K, Dv)).transpose(-2, -3)
+        v = _unit(config, v) if config.value_norm else v
     q = _heads(config, q, weights.q_norm, weights.q_norm_bias, H, D)
-    k = _heads(config, k, weights.k_norm, weights.k_norm_bias, K, D)
-    # torch.unflatten: torch.compile cannot trace the method under a default device.
-    v = torch.unflatten(v, -1, (K, Dv)).transpose(-2, -3)
     if config.qkv_limit is not None:
         q, k, v = (x.clamp(-config.qkv_limit, config.qkv_limit) for x in (q, k, v))
     if spec.rotary:
         assert isinstance(context.rotation, Rotation)
-        q, k = layers.rotate(q, context.rotation), layers.rotate(k, context.rotation)
+        q = layers.rotate(q, context.rotation)
+        k = k if context.lent else layers.rotate(k, context.rotation)
     if config.late_head_norm and (spec.rotary or config.head_norm != "unit"):
         q, k = (
             _head_norm(config, x.transpose(-2, -3), norm, ()).transpose(-2, -3)
@@ -219,7 +244,7 @@ def _attend(
         )
     mixed = _gate(config, weights, y, out.transpose(-2, -3)).flatten(-2)
     mixed = tap(f"{name}.attention.mixed", mixed)
-    return _affine(weights.o, weights.o_bias, mixed, ends=True), k, v
+    return affine(weights.o, weights.o_bias, mixed, ends=True), k, v
 
 
 def _gate(config: Config, weights: Layer, y: Tensor, mixed: Tensor) -> Tensor:
@@ -236,7 +261,7 @@ def _gate(config: Config, weights: Layer, y: Tensor, mixed: Tensor) -> Tensor:
 def _heads(config: Config, x: Tensor, norm: Weight, bias: Weight, heads: int, D: int) -> Tensor:
     """(*lead, T, heads D) to (*lead, heads, T, D), with the head norm of the config."""
     if config.head_norm == "rms_width":
-        x = _norm(config, x, norm, ())
+        x = norm_of(config, x, norm, ())
     x = torch.unflatten(x, -1, (heads, D))
     x = x if config.late_head_norm else _head_norm(config, x, norm, bias)
     return x.transpose(-2, -3)
@@ -249,99 +274,9 @@ def _head_norm(config: Config, x: Tensor, norm: Weight, bias: Weight) -> Tensor:
     if config.head_norm in ("layer", "layer_bias"):
         return layers.layer_norm(x, norm, bias, epsilon=config.norm_epsilon)
     if config.head_norm == "unit":
-        return layers.rms_norm(x, x.new_ones(x.shape[-1]), epsilon=config.norm_epsilon)
+        return _unit(config, x)
     return x
 
 
-def _feed_forward(
-    config: Config, spec: LayerSpec, weights: Layer, y: Tensor, name: str, rows: int
-) -> Tensor:
-    y = tap(f"{name}.feed_forward.input", parallel.copy_to_region(y))
-    if spec.experts:
-        return _choose(config, weights, y, name)
-    some = FeedForward(*(getattr(weights, field) for field in FeedForward._fields))
-    if not rows or y.shape[-2] <= rows or taps.heard():
-        return _dense(config, name, some, y)
-    dense = remat(functools.partial(_dense, config, name))
-    return torch.cat([dense(some, part) for part in y.split(rows, -2)], -2)
-
-
-class FeedForward(NamedTuple):
-    """The weights of a dense feed-forward."""
-
-    gate: Weight
-    up: Weight
-    down: Weight
-    gate_bias: Weight
-    up_bias: Weight
-    down_bias: Weight
-    activation_weights: Weight
-
-
-def _dense(config: Config, name: str, weights: FeedForward, y: Tensor) -> Tensor:
-    of_gate, outward = config.feed_forward_factors or (1.0, 1.0)
-    if config.gated:
-        gate, up = _affines((weights.gate, weights.up), (weights.gate_bias, weights.up_bias), y)
-        gate = layers.times(gate, of_gate)
-        inner = layers.gated(gate, up, config.activation, config.activation_limit)
-    elif isinstance(weights.activation_weights, Tensor):
-        inner = layers.xielu(_affine(weights.up, weights.up_bias, y), weights.activation_weights)
-    else:
-        inner = layers.activate(_affine(weights.up, weights.up_bias, y), config.activation)
-    inner = tap(f"{name}.feed_forward.inner", inner)
-    return layers.times(_affine(weights.down, weights.down_bias, inner, ends=True), outward)
-
-
-def _choose(config: Config, weights: Layer, y: Tensor, name: str) -> Tensor:
-    """The mixture of experts: each selected pair (token, expert) is one row of a product."""
-    router, read = weights.router, y
-    precise = config.choice_bias or config.latent_size > 0
-    if precise and isinstance(router, Tensor) and y.element_size() < 4:
-        router, read = router.float(), y.float()  # as in the published models
-    scores = tap(f"{name}.feed_forward.router", _affine(router, weights.router_bias, read))
-    share, expert = layers.route(
-        scores,
-        config.experts_per_token,
-        normalized=config.normalized_routing,
-        scores=config.router_scores,
-        choice_bias=weights.choice_bias,
-        groups=(config.expert_groups, config.groups_per_token),
-        group_best=config.group_best,
-        scale=config.routing_scale,
-        margin=config.router_margin,
-    )
-    chosen = expert.flatten()
-    rows = y.unsqueeze(-2).expand(*expert.shape, -1)
-    if config.routed_inputs:
-        rows = rows * share.to(y.dtype).unsqueeze(-1)
-        share = torch.ones_like(share)
-    rows = rows.flatten(0, -2)
-
-    def affine(weight: Weight, bias: Weight, x: Tensor) -> Tensor:
-        out = layers.linear_experts(weight, x, chosen)
-        return out if is_absent(bias) else out + bias[chosen]
-
-    up = affine(weights.up, weights.up_bias, rows)
-    if config.gated:
-        gate = affine(weights.gate, weights.gate_bias, rows)
-        inner = layers.gated(gate, up, config.activation, config.activation_limit)
-    else:
-        inner = layers.activate(up, config.activation)
-    out = torch.unflatten(affine(weights.down, weights.down_bias, inner), 0, expert.shape)
-    mixed = (out * share.to(out.dtype).unsqueeze(-1)).sum(-2)
-    if config.shared_size:
-        mixed = mixed + _shared(config, weights, y)
-    return parallel.reduce_from_region(mixed)
-
-
-def _shared(config: Config, weights: Layer, y: Tensor) -> Tensor:
-    """The expert that every token takes, times a sigmoid of its own where it is gated."""
-    if config.gated:
-        gate, up = layers.linears((weights.shared_gate, weights.shared_up), y)
-        inner = layers.gated(gate, up, config.activation, config.activation_limit)
-    else:
-        inner = layers.activate(layers.linear(weights.shared_up, y), config.activation)
-    out = layers.linear(weights.shared_down, inner)
-    if not config.shared_gated:
-        return out
-    return out * torch.sigmoid(layers.linear(weights.shared_router, y))
+def _unit(config: Config, x: Tensor) -> Tensor:
+    return layers.rms_norm(x, x.new_ones(x.shape[-1]), epsilon=config.norm_epsilon)

@@ -19,7 +19,7 @@ test_lengths.py::test_a_text_read_in_any_way_has_the_logits_of_the_whole.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -33,6 +33,7 @@ from ..models import Past
 from ..records import ABSENT, is_absent
 from . import parallel
 from .config import Config
+from .layer_spec import has_sizes, of_layer
 
 BASE = 8  # of the digits of a token id
 
@@ -76,6 +77,42 @@ def cache_layers(config: Config) -> int:
     if not config.follows_length:
         return len(config.attention_layers)
     return config.layers + -(-(1 + _digits(config)) // sum(config.cached[1:]))
+
+
+def cache_sizes(
+    config: Config, cached: Callable[[Config], tuple[int, int, int]] | None = None
+) -> list[tuple[int, int, int, int]]:
+    """Layers, heads, features of keys and of values of each cache, one for each size of keys.
+
+    Args:
+        config: of the model.
+        cached: the sizes of a layer of a config on this device, as `parallel.cached`; None is those
+            of the whole model.
+    """
+    held = cached or (lambda config: config.cached)
+    if not has_sizes(config):
+        heads, D, Dv = held(config)
+        return [(cache_layers(config), heads, D, Dv)]
+    found: list[tuple[int, int, int, int]] = []
+    for group in config.cache_groups:
+        heads, D, Dv = held(of_layer(config, config.layer_spec(group[0])))
+        found.append((len(group), heads, D, Dv))
+    return found
+
+
+def empty(
+    config: Config,
+    kind: Any,
+    size: int,
+    dtype: torch.dtype | None,
+    cached: Callable[[Config], tuple[int, int, int]],
+) -> KVCache:
+    """An empty cache of a kind with room for `size` tokens, of the sizes of `cache_sizes`."""
+    made = [
+        caches.make(kind, layers, heads, size, features, dtype)
+        for layers, heads, *features in cache_sizes(config, cached)
+    ]
+    return made[0] if len(made) == 1 else caches.Grouped(tuple(made))
 
 
 def length_of(places: Tensor) -> Tensor:

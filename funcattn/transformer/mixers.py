@@ -18,6 +18,7 @@ MIXERS = (
 ATTENTIVE = ("attention", "state_space_and_attention")  # whose keys and values are cached
 STATELESS = ("attention", "none")
 SCANS = ("gated_delta", "state_space", "state_space_and_attention")
+OF_NETS = ("silu", "sigmoid")  # activations of the gate of a delta net
 NORMS = ("gated", "before_gate", "none")  # of a state space
 PLACEMENTS = ("before", "after", "around")  # of norms in a recurrent layer
 
@@ -49,6 +50,10 @@ def check_mixers(config: Any) -> None:
                 f"a divisor of state_heads = {config.state_heads}",
                 "Each key head serves as many value heads.",
             )
+    if config.mixer_gate_activation not in OF_NETS:
+        fail("mixer_gate_activation", f"one of {', '.join(OF_NETS)}", "Choose one of these.")
+    if not errors.is_count(config.mixer_rank, 0):
+        fail("mixer_rank", "0 or more", "Sizes are whole numbers.")
     if config.mixer_norm not in NORMS:
         fail("mixer_norm", f"one of {', '.join(NORMS)}", "Choose one of these.")
     if config.mixer_norm_placement not in (None, *PLACEMENTS):
@@ -82,3 +87,35 @@ def check_parts(config: Any) -> None:
     if config.parallel and ("none" in mixers or not all(feeds)):
         wanted = "False where a layer has one part"
         errors.fail("Config", "parallel", wanted, True, "No family has both.")
+
+
+def check_latent(config: Any) -> None:
+    """Raise unless the sizes of values and latents are such that heads can be made of them."""
+    fail = lambda name, wanted, remedy: errors.fail(
+        "Config", name, wanted, getattr(config, name), remedy
+    )
+    for name, least in (("value_size", 1), ("latent_size", 0), ("query_latent_size", 0)):
+        size = getattr(config, name)
+        if not (name == "value_size" and size is None) and not errors.is_count(size, least):
+            fail(name, f"a number of features, {least} or more", "Sizes are whole numbers.")
+    if not config.latent_size:
+        if config.query_latent_size:
+            fail("query_latent_size", "0 without a latent_size", "Set both.")
+        return
+    if config.rotary_size is None or not 0 < config.rotary_size < config.head_size:
+        wanted = f"between 0 and head_size = {config.head_size} with a latent_size"
+        fail("rotary_size", wanted, "So many features of a key are the same in all heads.")
+    if config.kv_heads != config.heads:
+        wanted = f"heads = {config.heads} with a latent_size"
+        fail("kv_heads", wanted, "Each head makes its own keys and values of the latent.")
+    if config.positions == "alibi":
+        wanted = "other than 'alibi' with a latent_size"
+        fail("positions", wanted, "The rows of a latent have no columns of positions.")
+    for name, neutral in (
+        ("head_norm", "none"),
+        ("qkv_limit", None),
+        ("attention_gate", "none"),
+        ("local_rotary_size", None),
+    ):
+        if getattr(config, name) != neutral:
+            fail(name, f"{neutral!r} with a latent_size", "No family has both.")

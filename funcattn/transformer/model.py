@@ -24,11 +24,12 @@ from ..layers import State
 from ..masks import Mask
 from ..models import Made, Model, Past, written
 from ..records import ABSENT, is_absent
-from . import lengths, parallel, recurrent
+from . import layer_inputs, lengths, parallel, recurrent
 from .arguments import check_mask, positions_of
 from .config import Config, LayerSpec
 from .forward import RunLayer, forward_pass, lm_head, predict, run_layers, seen
 from .layer import LayerContext, LayerDelta, block
+from .layer_spec import has_sizes
 from .weights import Layer, Params, initialize
 
 
@@ -132,8 +133,7 @@ def decoder(
                 "Pass one such as torch.bfloat16.",
                 TypeError,
             )
-        heads, *features = parallel.cached(config)
-        rows = caches.make(kind, lengths.cache_layers(config), heads, size, features, dtype)
+        rows = lengths.empty(config, kind, size, dtype, parallel.cached)
         return recurrent.with_states(config, rows, dtype)
 
     @door
@@ -162,7 +162,7 @@ def decoder(
         at = positions_of(config, tokens, cache, positions)
         check_mask(mask, tokens.shape[-1])
         recurrent.check(config, cache, mask)
-        parallel.check(params, cache, mask)
+        parallel.check(config, params, cache, mask)
         run = functools.partial(read, params)
         x, delta = lengths.hidden(config, run, tokens, cache, at, mask, positions is None)
         if not is_absent(cache) and errors.value(cache.length) is None:
@@ -187,7 +187,8 @@ def decoder(
         ) -> tuple[Tensor, LayerDelta]:
             past: tuple[Part, ...] = ()
             if not is_absent(cache) and spec.attends:
-                past = tuple(seen(config, spec, cache, row_of[number], positions))
+                row = row_of[number if spec.keys_of is None else spec.keys_of]
+                past = tuple(seen(config, spec, cache, row, positions))
             layer = functools.partial(
                 _run, number, config, spec, name=f"layers.{number}", kernel=kernel, rows=rows
             )
@@ -195,13 +196,16 @@ def decoder(
             return layer(weights, x, context, past, states.get(number, ()))
 
         options: Any = {"mask": mask, "in_order": in_order, "length": length}
-        if rows and is_absent(cache) and not taps.heard():
+        inputs = functools.partial(layer_inputs.of_tokens, config, params, tokens)
+        # Segments hand on the residual alone.
+        apart = not (config.shared_layers or config.layer_embedding_size or has_sizes(config))
+        if rows and apart and is_absent(cache) and not taps.heard():
             through = lambda x: _in_segments(
                 config, specs, params.layers, x, positions, run, **options
             )
         else:
             through = lambda x: run_layers(
-                config, specs, params.layers, x, positions, run, **options
+                config, specs, params.layers, x, positions, run, inputs=inputs(x), **options
             )
         return forward_pass(config, params, tokens, positions, through)
 

@@ -43,6 +43,7 @@ from ..models import Past
 from ..records import is_absent
 from ..tree import Tree
 from .config import Config, Kind
+from .layer_spec import of_layer
 from .partition import DATA, TENSOR, division
 from .weights import Layer, shapes
 
@@ -101,6 +102,7 @@ def layer(config: Config, number: int, weights: Layer) -> Layer:
         _shapes(config).layers[number],
         config.layer_spec(number).experts,
     )
+    config = of_layer(config, config.layer_spec(number))
     made = []
     for name, weight, shape in zip(Layer._fields, weights, whole, strict=True):
         if is_absent(weight) or is_absent(shape):
@@ -259,8 +261,19 @@ def in_parts() -> bool:
     return axis_size(CONTEXT) > 1
 
 
-def check(params: Tree, cache: Past, mask: Mask | Tensor | None) -> None:
-    """Fail where a text is sharded over "context" and an argument does not support that."""
+def check(config: Config, params: Tree, cache: Past, mask: Mask | Tensor | None) -> None:
+    """Fail where an argument does not support the axes that are bound: sparse features "tensor",
+    a mask, another cache and gradients behind a cache "context".
+    """
+    if config.embedding_size and collectives.bound():
+        remedy = "Run it on one device."
+        errors.fail(
+            "decoder", "config.embedding_size", "0 on a mesh", config.embedding_size, remedy
+        )
+    if axis_size(TENSOR) > 1 and any(config.sparsities):
+        remedy = "Shard it over 'data' alone."
+        got = "a share of the features of a device"
+        errors.fail("decoder", "config.sparsities", "none over 'tensor'", got, remedy)
     if not in_parts():
         return
     if is_absent(cache):

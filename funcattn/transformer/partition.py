@@ -45,9 +45,19 @@ WHOLE = Cut()
 CUTS = {
     **dict.fromkeys(("embedding", "head"), Cut(-2, -1)),
     "positions": Cut(data=-1),
+    # What is beside attention and the feed-forward is computed on every device of "tensor".
+    **dict.fromkeys(("layer_embedding", "layer_projection", "input_gate"), Cut(data=-1)),
+    **dict.fromkeys(("laurel_down", "streams_in", "streams_out"), Cut(data=-1)),
+    **dict.fromkeys(("input_out", "laurel_up"), Cut(data=-2)),
+    **dict.fromkeys(("layer_scale", "input_norm", "laurel_norm", "layer_projection_norm"), WHOLE),
+    **dict.fromkeys(("stream_router", "stream_norm", "stream_predict"), WHOLE),
+    **dict.fromkeys(("stream_correct", "stream_scale"), WHOLE),
+    **dict.fromkeys(("router_scale", "expert_scale"), Cut(region=True)),
+    **dict.fromkeys(("expert_after_norm", "shared_norm", "shared_after_norm"), WHOLE),
     "attention_gate": Cut(-2, -1),
     "activation_weights": Cut(region=True),
     **dict.fromkeys(("q_norm_bias", "k_norm_bias"), Cut(region=True)),
+    **dict.fromkeys(("embedding_in", "embedding_out"), WHOLE),
     **dict.fromkeys(("embedding_norm", "embedding_norm_bias"), WHOLE),
     **dict.fromkeys(("transform", "transform_bias"), WHOLE),
     **dict.fromkeys(("transform_norm", "transform_norm_bias"), WHOLE),
@@ -75,6 +85,7 @@ CUTS = {
     **dict.fromkeys(("norm", "norm_bias"), WHOLE),
     # Recurrent layers are computed on every device of "tensor", outside of a region.
     **dict.fromkeys(("mixer_in", "mixer_gate", "mixer_beta", "mixer_rate"), Cut(data=-1)),
+    **dict.fromkeys(("mixer_gate_down", "mixer_rate_down"), Cut(data=-1)),
     "mixer_out": Cut(data=-2),
     **dict.fromkeys(("mixer_in_bias", "mixer_out_bias", "mixer_norm"), WHOLE),
     **dict.fromkeys(("convolution", "convolution_bias", "log_rate", "rate_bias"), WHOLE),

@@ -121,15 +121,19 @@ def _gated_delta(
 ) -> tuple[Tensor, Steps]:
     """out (norm(scan(act(conv(in y)))) * silu(gate y)), with the gated delta rule as the scan.
 
-    The log decay is -exp(log_rate) softplus(rate y + rate_bias), beta is a sigmoid.
+    The log decay is -exp(log_rate) softplus(rate y + rate_bias), of each head or each feature of
+    its keys, beta is a sigmoid. Gate and rate may be of low rank, and the gate a sigmoid (KDA).
 
-    Source: Yang et al., Gated delta networks, arXiv:2412.06464, section 3.4.
+    Source: Yang et al., Gated delta networks, arXiv:2412.06464, section 3.4; Kimi team, Kimi
+        linear, arXiv:2510.26692.
     """
     K, Dk, Dv = config.state_key_heads, config.state_key_size, config.state_value_size
-    read = layers.linears(
-        (weights.mixer_in, weights.mixer_gate, weights.mixer_beta, weights.mixer_rate), y
-    )
-    features, gate, beta, rate = read
+    low = "_down" if config.mixer_rank else ""
+    names = ("mixer_in", f"mixer_gate{low}", "mixer_beta", f"mixer_rate{low}")
+    features, gate, beta, rate = layers.linears([getattr(weights, name) for name in names], y)
+    if low:
+        gate = layers.linear(weights.mixer_gate, gate)
+        rate = layers.linear(weights.mixer_rate, rate)
     convolution = () if is_absent(state) else state.convolution
     features, convolved = layers.convolve(features, weights.convolution, (), convolution)
     features = layers.activate(features, config.activation)
@@ -140,14 +144,17 @@ def _gated_delta(
     )
     beta = torch.sigmoid(beta) * (2 if config.negative_eigenvalues else 1)
     rate = F.softplus(accurate(rate, weights.rate_bias) + weights.rate_bias)
-    log_decay = -accurate(weights.log_rate, rate).exp() * rate  # (*lead, T, H)
-    out, steps = layers.delta_net(convolved, q, k, v, log_decay.mT.unsqueeze(-1), beta.mT, state)
+    rate = torch.unflatten(rate, -1, (config.state_heads, -1))  # (*lead, T, H, Dk or 1)
+    log_decay = -accurate(weights.log_rate, rate).exp().unsqueeze(-1) * rate
+    log_decay = log_decay.transpose(-2, -3)
+    out, steps = layers.delta_net(convolved, q, k, v, log_decay, beta.mT, state)
     out = out.transpose(-2, -3)  # (*lead, T, H, Dv)
     epsilon = config.mixer_norm_epsilon
     epsilon = config.norm_epsilon if epsilon is None else epsilon
     out = layers.rms_norm(out, weights.mixer_norm, epsilon=epsilon)
     gate = torch.unflatten(gate, -1, (-1, Dv))
-    mixed = (out * F.silu(accurate(gate, out))).to(out.dtype).flatten(-2)
+    turn = torch.sigmoid if config.mixer_gate_activation == "sigmoid" else F.silu
+    mixed = (out * turn(accurate(gate, out))).to(out.dtype).flatten(-2)
     return layers.linear(weights.mixer_out, tap(f"{name}.mixer.mixed", mixed)), steps
 
 

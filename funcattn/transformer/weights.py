@@ -10,8 +10,17 @@ from ..layers import Weight
 from ..records import ABSENT, is_absent, record
 from ..tree import Tree
 from .config import Config, LayerSpec
+from .layer_spec import of_layer
 
 WRITERS = ("o", "down", "shared_down", "mixer_out")  # what writes into the residual
+MORE = (
+    "embedding_in",
+    "embedding_out",
+    "layer_embedding",
+    "layer_projection",
+    "streams_in",
+    "streams_out",
+)  # outside of layers
 
 
 @record
@@ -74,6 +83,26 @@ class Layer(NamedTuple):
     mixer_skip: Weight = ABSENT  # (Hv,), factor of x beside a state space
     mixer_gate_bias: Weight = ABSENT  # (Hv Dv,)
     mixer_rate_bias: Weight = ABSENT  # (Hv,), of mixer_rate
+    mixer_gate_down: Weight = ABSENT  # (R, E): mixer_gate is (Hv Dv, R) behind it
+    mixer_rate_down: Weight = ABSENT  # (R, E): mixer_rate is (Hv, R), or (Hv Dk, R)
+    # Beside attention and the feed-forward.
+    layer_scale: Weight = ABSENT  # (1,), of the residual after the layer
+    input_gate: Weight = ABSENT  # (P, E), of the features that the layer reads of each token
+    input_out: Weight = ABSENT  # (E, P)
+    input_norm: Weight = ABSENT  # (E,)
+    laurel_down: Weight = ABSENT  # (R, E)
+    laurel_up: Weight = ABSENT  # (E, R)
+    laurel_norm: Weight = ABSENT  # (E,)
+    stream_router: Weight = ABSENT  # (A, E)
+    stream_norm: Weight = ABSENT  # (E,)
+    stream_predict: Weight = ABSENT  # (A A, A)
+    stream_correct: Weight = ABSENT  # (A, A)
+    stream_scale: Weight = ABSENT  # (E,)
+    router_scale: Weight = ABSENT  # (E,), of the residual that the router reads
+    expert_scale: Weight = ABSENT  # (X,), of the outputs of experts
+    expert_after_norm: Weight = ABSENT  # (E,), of the sum of these
+    shared_norm: Weight = ABSENT  # (E,), before the shared expert
+    shared_after_norm: Weight = ABSENT  # (E,)
 
 
 @record
@@ -93,17 +122,26 @@ class Params(NamedTuple):
     transform_bias: Weight = ABSENT  # (E,)
     transform_norm: Weight = ABSENT  # (E,)
     transform_norm_bias: Weight = ABSENT  # (E,)
+    embedding_in: Weight = ABSENT  # (E, R): embedding and head are (V, R)
+    embedding_out: Weight = ABSENT  # (R, E)
+    layer_embedding: Weight = ABSENT  # (layer_vocabulary, L P), features of a token for each layer
+    layer_projection: Weight = ABSENT  # (L P, E)
+    layer_projection_norm: Weight = ABSENT  # (P,)
+    streams_in: Weight = ABSENT  # (A - 1, E, E)
+    streams_out: Weight = ABSENT  # (A - 1, E, E)
 
 
 def shapes(config: Config) -> Params:
     """The shape of every weight, as a tree of tuples of ints."""
-    E, V = config.width, config.vocabulary
+    E, V, A = config.width, config.vocabulary, config.streams
+    P, LP = config.layer_embedding_size, config.layers * config.layer_embedding_size
+    R = config.embedding_size
     where = lambda condition, shape: shape if condition else ABSENT
     return Params(
-        embedding=(V, E),
+        embedding=(V, R or E),
         layers=tuple(_layer(config, i) for i in range(config.layers)),
         norm=(E,),
-        head=ABSENT if config.tied else (V, E),
+        head=ABSENT if config.tied else (V, R or E),
         positions=(config.context, E) if config.positions == "learned" else ABSENT,
         norm_bias=(E,) if config.norm_bias else ABSENT,
         head_bias=(V,) if config.head_bias else ABSENT,
@@ -113,14 +151,23 @@ def shapes(config: Config) -> Params:
         transform_bias=where(config.head_transform and config.norm_bias, (E,)),
         transform_norm=where(config.head_transform, (E,)),
         transform_norm_bias=where(config.head_transform and config.norm_bias, (E,)),
+        embedding_in=where(R, (E, R)),
+        embedding_out=where(R, (R, E)),
+        layer_embedding=where(P, (config.layer_vocabulary, LP)),
+        layer_projection=where(P, (LP, E)),
+        layer_projection_norm=where(P, (P,)),
+        streams_in=where(A, (A - 1, E, E)),
+        streams_out=where(A, (A - 1, E, E)),
     )
 
 
 def _layer(config: Config, number: int) -> Layer:
     spec = config.layer_spec(number)
+    config = of_layer(config, spec)
     E, D, H, K = config.width, config.head_size, config.heads, config.kv_heads
     experts, attends = spec.experts, spec.attends
-    F = config.expert_size if experts else config.feed_forward
+    dense = config.feed_forward_sizes[number] if config.feed_forward_sizes else config.feed_forward
+    F = config.expert_size if experts else dense
     many = (config.experts,) if experts else ()
     where = lambda condition, shape: shape if condition else ABSENT
     head_norm = {
@@ -138,16 +185,19 @@ def _layer(config: Config, number: int) -> Layer:
     mixes, feeds = spec.mixer != "none", spec.feeds
     first = before and (number > 0 or config.first_norm) and mixes
     two, shared = not config.shared_norm, experts and config.shared_size > 0
+    S = dense if config.experts_apart and config.feed_forward_sizes else config.shared_size
     Dv = config.head_sizes[1]
     gates = {"none": 0, "head": H, "width": H * Dv}[config.attention_gate] if attends else 0
     R, Rq = (config.latent_size, config.query_latent_size) if attends else (0, 0)
     turning = config.rotary_size or 0
     biased = attends and config.qkv_bias and not R
+    own = spec.caches
+    valued = own and not (config.key_values and spec.window is None)
     return Layer(
         attention_norm=where(first, (E,)),
         q=where(attends, (H * D, Rq or E)),
-        k=where(attends, (H * (D - turning), R) if R else (K * D, E)),
-        v=where(attends, (K * Dv, R or E)),
+        k=where(own, (H * (D - turning), R) if R else (K * D, E)),
+        v=where(valued, (K * Dv, R or E)),
         o=where(attends, (E, H * Dv)),
         feed_forward_norm=where(before and two and feeds, (E,)),
         gate=where(config.gated and feeds, (*many, F, E)),
@@ -158,11 +208,11 @@ def _layer(config: Config, number: int) -> Layer:
         attention_after_norm=where(after and mixes, (E,)),
         feed_forward_after_norm=where(after and feeds, (E,)),
         q_norm=where(attends, head_norm[config.head_norm](H)),
-        k_norm=where(attends, head_norm[config.head_norm](K)),
+        k_norm=where(own, head_norm[config.head_norm](K)),
         sinks=where(attends and config.sinks, (H,)),
         q_bias=where(biased, (H * D,)),
-        k_bias=where(biased, (K * D,)),
-        v_bias=where(biased, (K * Dv,)),
+        k_bias=where(biased and own, (K * D,)),
+        v_bias=where(biased and valued, (K * Dv,)),
         o_bias=where(attends and config.output_bias, (E,)),
         gate_bias=where(config.feed_forward_bias and config.gated and feeds, (*many, F)),
         up_bias=where(config.feed_forward_bias and feeds, (*many, F)),
@@ -170,9 +220,9 @@ def _layer(config: Config, number: int) -> Layer:
         router=where(experts, (config.experts, E)),
         router_bias=where(experts and config.router_bias, (config.experts,)),
         choice_bias=where(experts and config.choice_bias, (config.experts,)),
-        shared_gate=where(shared and config.gated, (config.shared_size, E)),
-        shared_up=where(shared, (config.shared_size, E)),
-        shared_down=where(shared, (E, config.shared_size)),
+        shared_gate=where(shared and config.gated, (S, E)),
+        shared_up=where(shared, (S, E)),
+        shared_down=where(shared, (E, S)),
         shared_router=where(shared and config.shared_gated, (1, E)),
         q_down=where(Rq, (Rq, E)),
         q_down_norm=where(Rq, (Rq,)),
@@ -182,10 +232,27 @@ def _layer(config: Config, number: int) -> Layer:
         kv_down_bias=where(R and config.qkv_bias, (R + turning,)),
         attention_gate=where(gates, (gates, E)),
         q_norm_bias=where(attends and config.head_norm == "layer_bias", (D,)),
-        k_norm_bias=where(attends and config.head_norm == "layer_bias", (D,)),
+        k_norm_bias=where(own and config.head_norm == "layer_bias", (D,)),
         activation_weights=where(config.activation == "xielu" and feeds, (2,)),
+        **_beside(config, experts),
         **_mixer(config, spec),
     )
+
+
+def _beside(config: Config, experts: bool) -> dict[str, Tree]:
+    """The shapes of what a layer has beside attention and the feed-forward."""
+    E, A, P = config.width, config.streams, config.layer_embedding_size
+    R, apart = config.laurel_size, experts and config.experts_apart
+    shapes: dict[str, Tree] = {"layer_scale": (1,)} if config.layer_scale else {}
+    shapes |= {"input_gate": (P, E), "input_out": (E, P), "input_norm": (E,)} if P else {}
+    shapes |= {"laurel_down": (R, E), "laurel_up": (E, R), "laurel_norm": (E,)} if R else {}
+    if A:
+        shapes |= {"stream_router": (A, E), "stream_norm": (E,)}
+        shapes |= {"stream_predict": (A * A, A), "stream_correct": (A, A)}
+        shapes |= {"stream_scale": (E,)} if config.stream_scale else {}
+    names = ("router_scale", "expert_after_norm", "shared_norm", "shared_after_norm")
+    shapes |= {"expert_scale": (config.experts,), **dict.fromkeys(names, (E,))} if apart else {}
+    return shapes
 
 
 def _mixer(config: Config, spec: LayerSpec) -> dict[str, Tree]:
@@ -200,9 +267,11 @@ def _mixer(config: Config, spec: LayerSpec) -> dict[str, Tree]:
         Hv, Hk = config.state_heads, config.state_key_heads
         Dk, Dv = config.state_key_size, config.state_value_size
         C = 2 * Hk * Dk + Hv * Dv
-        shapes = {"mixer_in": (C, E), "mixer_gate": (Hv * Dv, E), "mixer_out": (E, Hv * Dv)}
-        shapes |= dict.fromkeys(("mixer_beta", "mixer_rate"), (Hv, E))
-        shapes |= dict.fromkeys(("log_rate", "rate_bias"), (Hv,))
+        R, rates = config.mixer_rank, Hv * (Dk if config.feature_decay else 1)
+        shapes = {"mixer_in": (C, E), "mixer_gate": (Hv * Dv, R or E), "mixer_out": (E, Hv * Dv)}
+        shapes |= {"mixer_beta": (Hv, E), "mixer_rate": (rates, R or E)}
+        shapes |= dict.fromkeys(("mixer_gate_down", "mixer_rate_down"), (R, E)) if R else {}
+        shapes |= {"log_rate": (Hv,), "rate_bias": (rates,)}
         return {**shapes, "convolution": (C, W), "mixer_norm": (Dv,)}
     return _state_space(config) if spec.mixer.startswith("state_space") else {}
 
@@ -238,7 +307,8 @@ def initialize(key: Tensor, config: Config) -> Params:
     def draw(key: Tensor, name: str, shape: Tree) -> Weight:
         if is_absent(shape):
             return ABSENT
-        if name in ("mixer_norm", "mixer_skip"):  # without the offset of the others
+        # without the offset of the others
+        if name in ("mixer_norm", "mixer_skip") or name.endswith("_scale"):
             return torch.ones(shape, device=key.device)
         if name.endswith("norm"):
             return torch.full(shape, 1.0 - config.norm_offset, device=key.device)
@@ -260,8 +330,8 @@ def initialize(key: Tensor, config: Config) -> Params:
         ]
 
     ends = zip(
-        ("embedding", "head", "layers", "positions", "transform"),
-        randomness.split(key, 5).unbind(0),
+        ("embedding", "head", "layers", "positions", "transform", *MORE),
+        randomness.split(key, 5 + len(MORE)).unbind(0),
         strict=True,
     )
     keys: dict[str, Tensor] = dict(ends)

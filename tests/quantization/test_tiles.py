@@ -114,7 +114,7 @@ def test_tiles_of_floats_hold_the_matrix():
         weight = matrix(1, N, K)
         assert torch.equal(whole(tile_floats(weight), K), weight)
     assert tile_floats(weight.double()) is None
-    assert tile_floats(weight, rows=17) is None
+    assert tile_floats(weight, rows=tiles.MOST_FLOATS + 1) is None
 
 
 @each_instruction

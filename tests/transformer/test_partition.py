@@ -13,7 +13,7 @@ from funcattn import tree
 from funcattn.checkpoints.families.catalogue import FAMILIES
 from funcattn.checkpoints.families.config_json import read_config
 from funcattn.sharding import Grid, P, fsdp, shard_map, specs, tensor_parallel
-from funcattn.transformer import Layer, Params, parallel, partition, shapes
+from funcattn.transformer import Layer, Params, of_layer, parallel, partition, shapes
 from funcattn.transformer.partition import CUTS, Cut, division
 
 SMALL = {
@@ -31,7 +31,7 @@ CONFIGS = {
 CONFIGS["a bias of the head"] = fa.Config(vocabulary=64, head_bias=True, tied=False)
 # Those after them have no other weights than these together.
 FAST = {*list(FAMILIES)[:18], "qwen2_moe", "glm4_moe", "youtu", "afmoe", "apertus"}
-FAST |= {"lfm2", "qwen3_next"}
+FAST |= {"lfm2", "qwen3_next", "gemma4_text"}
 CONFIGS["cohere, norms of heads"] = read_config(
     {"model_type": "cohere", "use_qk_norm": True, "attention_bias": True, **SMALL}
 )
@@ -76,17 +76,14 @@ def test_a_device_takes_the_parts_that_the_specs_give_it(name):
             whole, devices = computed_with(config, mesh, rules(config, size=n))
             for device, layers in enumerate(devices):
                 for i, layer in enumerate(layers):
+                    one = of_layer(config, config.layer_spec(i))
                     for field, got, x in zip(Layer._fields, layer, whole.layers[i], strict=True):
                         if not isinstance(x, torch.Tensor):
                             continue
-                        cut = division(
-                            config, field, x.dim(), n, experts=config.layer_spec(i).experts
-                        )
+                        cut = division(one, field, x.dim(), n, experts=config.layer_spec(i).experts)
                         wanted = x if cut.tensor is None else x.tensor_split(n, cut.tensor)[device]
                         if cut.replicated:
-                            wanted = x.unflatten(0, (config.kv_heads, -1))[
-                                device * config.kv_heads // n
-                            ]
+                            wanted = x.unflatten(0, (one.kv_heads, -1))[device * one.kv_heads // n]
                         if cut.once and device:
                             wanted = torch.zeros_like(x)
                         assert torch.equal(got, wanted.reshape(got.shape)), (field, n)

@@ -44,6 +44,21 @@ CONFIGS = {
         mixer_norm_placement="around",
         attention_gate="width",
     ),
+    "decays by feature": config(
+        "gated_delta",
+        convolution_size=4,
+        state_heads=4,
+        state_key_heads=4,
+        state_key_size=5,
+        state_value_size=5,
+        mixer_rank=8,
+        feature_decay=True,
+        mixer_gate_activation="sigmoid",
+        kv_heads=2,
+        latent_size=8,
+        rotary_size=2,
+        positions="none",
+    ),
     "state_space": config("state_space", convolution_bias=True, mixer_bias=True, **SPACE),
     "beside": config(
         "state_space_and_attention",
@@ -65,7 +80,7 @@ CONFIGS = {
         **SPACE,
     ),
 }
-SLOW = ("beside", "one part a layer")  # made of the same parts
+SLOW = ("beside", "decays by feature", "one part a layer")  # made of the same parts
 TOKENS = fa.random.randint(fa.key(1), (20,), 0, 40)
 close = functools.partial(torch.testing.assert_close, rtol=1e-10, atol=1e-11)
 

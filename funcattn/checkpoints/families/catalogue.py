@@ -19,10 +19,12 @@ from .falcon import FALCON
 from .fused import COHERE, COHERE2, PHI3, PHI4_MULTIMODAL, STABLELM, STARCODER2
 from .gated import AFMOE, APERTUS, APERTUS_TEXT
 from .gemma import GEMMA, GEMMA2, GEMMA3, VAULTGEMMA
+from .gemma4 import GEMMA3N, GEMMA4, GEMMA4_UNIFIED
 from .gpt import GPT2, GPT_NEOX, GPT_SW3
 from .gpt_variants import BIOGPT, GPT_BIGCODE, GPT_NEO, OPENAI_GPT, OPT, XGLM
 from .granite import GRANITE_SWA, HYPERCLOVAX
 from .granite_mixtures import GRANITEMOE, GRANITEMOE_SWA, GRANITEMOEHYBRID, GRANITEMOESHARED
+from .kimi import KIMI_LINEAR
 from .laguna import LAGUNA
 from .latent_variants import (
     DEEPSEEK_V2,
@@ -60,6 +62,7 @@ from .llama_variants import (
     SEED_OSS,
 )
 from .mambas import BAMBA, FALCON_H1
+from .mimo import MIMO
 from .mixture_variants import ERNIE4_5_MOE, FLEX_OLMO, MELLUM, OLMOE, QWEN2_MOE
 from .mixtures import GPT_OSS, MIXTRAL, QWEN3_MOE, QWEN3_VL_MOE
 from .nemotron_hybrids import NEMOTRON_H
@@ -91,6 +94,7 @@ FAMILIES = {
         *(ARIA, PHIMOE, COHERE2_MOE, SARVAM_MOE, LAGUNA),
         *(PERSIMMON, GPT_NEOX_JAPANESE, CTRL, MODERNBERT, GPT_SW3, PHI4_MULTIMODAL),
         *(LFM2, LFM2_MOE, QWEN3_NEXT, QWEN3_5, QWEN3_5_MOE, OLMO_HYBRID),
+        *(GEMMA3N, GEMMA4, GEMMA4_UNIFIED, MIMO, KIMI_LINEAR),
         *BERTS,
         *BARTS,
     )

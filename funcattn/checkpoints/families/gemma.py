@@ -25,7 +25,8 @@ AROUND = {
 }
 
 
-def _read_sizes(fields: Fields, context: int, heads: int, name: str) -> dict[str, Json]:
+def read_gemma_sizes(fields: Fields, context: int, heads: int, name: str) -> dict[str, Json]:
+    """What all of Gemma spell alike; `name` is that of the activation."""
     sizes = read_sizes(fields, context=context, kv_heads=heads, head_size=256)
     biased = fields.flag("attention_bias", False)
     return {
@@ -40,7 +41,8 @@ def _read_sizes(fields: Fields, context: int, heads: int, name: str) -> dict[str
     }
 
 
-def _write_sizes(config: Config, name: str) -> dict[str, object]:
+def write_gemma_sizes(config: Config, name: str) -> dict[str, object]:
+    """The same, written."""
     return {
         **write_sizes(config),
         name: write_activation(config),
@@ -51,7 +53,7 @@ def _write_sizes(config: Config, name: str) -> dict[str, object]:
 
 
 def _read_gemma(fields: Fields) -> dict[str, Json]:
-    sizes = _read_sizes(fields, 8192, 16, "hidden_act")
+    sizes = read_gemma_sizes(fields, 8192, 16, "hidden_act")
     # The first releases have "gelu" and mean the tanh form, as transformers assumes.
     if fields.get("hidden_act") == "gelu":
         sizes["activation"] = "gelu_tanh"
@@ -59,11 +61,11 @@ def _read_gemma(fields: Fields) -> dict[str, Json]:
 
 
 def _write_gemma(config: Config) -> dict[str, object]:
-    return {**_write_sizes(config, "hidden_act"), **write_rope(config)}
+    return {**write_gemma_sizes(config, "hidden_act"), **write_rope(config)}
 
 
-def _read_cap(fields: Fields, name: str, default: float | None) -> float | None:
-    # null is None; an absent field is the default
+def read_cap(fields: Fields, name: str, default: float | None) -> float | None:
+    """A soft cap: null is None, an absent field is the default."""
     return fields.positive(name, None if fields.says(name) else default)
 
 
@@ -86,15 +88,15 @@ def _write_caps(config: Config) -> dict[str, object]:
 
 
 def _read_gemma2(fields: Fields) -> dict[str, Json]:
-    sizes = _read_sizes(fields, 8192, 4, "hidden_activation")
+    sizes = read_gemma_sizes(fields, 8192, 4, "hidden_activation")
     fields.get("hidden_act")
     window, layers = fields.whole("sliding_window", 4096), sizes["layers"]
     windows = read_windows(fields, window, layers, [bool((i + 1) % 2) for i in range(layers)])
     return {
         **sizes,
         **_read_around(fields),
-        "attention_cap": _read_cap(fields, "attn_logit_softcapping", 50.0),
-        "logit_cap": _read_cap(fields, "final_logit_softcapping", 30.0),
+        "attention_cap": read_cap(fields, "attn_logit_softcapping", 50.0),
+        "logit_cap": read_cap(fields, "final_logit_softcapping", 30.0),
         **windows,
         **whole_heads(read_rope(fields, sizes["context"])),
     }
@@ -102,7 +104,7 @@ def _read_gemma2(fields: Fields) -> dict[str, Json]:
 
 def _write_gemma2(config: Config) -> dict[str, object]:
     return {
-        **_write_sizes(config, "hidden_activation"),
+        **write_gemma_sizes(config, "hidden_activation"),
         **write_rope(config),
         **_write_caps(config),
         **write_windows(config),
@@ -110,7 +112,7 @@ def _write_gemma2(config: Config) -> dict[str, object]:
 
 
 def _read_gemma3(fields: Fields) -> dict[str, Json]:
-    sizes = _read_sizes(fields, 131072, 4, "hidden_activation")
+    sizes = read_gemma_sizes(fields, 131072, 4, "hidden_activation")
     fields.get("hidden_act")
     window, layers = fields.whole("sliding_window", 4096), sizes["layers"]
     every = fields.whole("sliding_window_pattern", 6)
@@ -120,7 +122,7 @@ def _read_gemma3(fields: Fields) -> dict[str, Json]:
         **sizes,
         **_read_around(fields),
         # a cap of attention is kept in its file and never applied
-        "logit_cap": _read_cap(fields, "final_logit_softcapping", None),
+        "logit_cap": read_cap(fields, "final_logit_softcapping", None),
         **windows,
         **read_two_bases(fields, sizes["context"], bases, windows["window"] is not None),
         "head_norm": "rms",
@@ -129,7 +131,7 @@ def _read_gemma3(fields: Fields) -> dict[str, Json]:
 
 def _write_gemma3(config: Config) -> dict[str, object]:
     return {
-        **_write_sizes(config, "hidden_activation"),
+        **write_gemma_sizes(config, "hidden_activation"),
         **write_two_bases(config),
         **_write_caps(config),
         **write_windows(config),

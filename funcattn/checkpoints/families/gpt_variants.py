@@ -8,6 +8,7 @@ opt biogpt xglm   positions behind two rows that are not used; in xglm a table o
 
 import math
 import re
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -159,15 +160,30 @@ XGLM_NAMES = {
 
 def _read_opt(fields: Fields) -> dict[str, Json]:
     found = _read_decoder(fields, OPT_NAMES, 2048, "relu")
-    if fields.whole("word_embed_proj_dim", found["width"]) != found["width"]:
-        got = fields.get("word_embed_proj_dim")
-        refuse(fields.place("word_embed_proj_dim"), f"hidden_size = {found['width']}", got)
+    size = fields.whole("word_embed_proj_dim", found["width"])
+    after = not fields.flag("do_layer_norm_before", True)
     biased = fields.flag("enable_bias", True)
-    return {**found, "qkv_bias": biased, "output_bias": biased, "feed_forward_bias": biased}
+    return {
+        **found,
+        "embedding_size": 0 if size == found["width"] else size,
+        **({"norm_placement": "residual", "first_norm": False} if after else {}),
+        "qkv_bias": biased,
+        "output_bias": biased,
+        "feed_forward_bias": biased,
+    }
 
 
 def _write_opt(config: Config) -> dict[str, object]:
-    return {**_write_decoder(config, OPT_NAMES), "enable_bias": config.output_bias}
+    return {
+        **_write_decoder(config, OPT_NAMES),
+        "enable_bias": config.output_bias,
+        "word_embed_proj_dim": config.embedding_size or config.width,
+        "do_layer_norm_before": config.norm_placement != "residual",
+    }
+
+
+def _after(config: Config, layer: int) -> bool:
+    return config.norm_placement == "residual"
 
 
 def _read_scaled(fields: Fields, found: dict[str, Json]) -> dict[str, Json]:
@@ -290,10 +306,28 @@ OPT = Family(
     "OPTForCausalLM",
     _read_opt,
     _write_opt,
-    _decoder("model.decoder.", "final_layer_norm", "lm_head"),
-    packs=(sliced("positions", "model.decoder.embed_positions.weight", 2),),
+    {
+        **_decoder("model.decoder.", "final_layer_norm", "lm_head"),
+        "embedding_in": "model.decoder.project_in.weight",
+        "embedding_out": "model.decoder.project_out.weight",
+    },
+    packs=(
+        sliced("positions", "model.decoder.embed_positions.weight", 2),
+        *(  # of OPT-350m
+            replace(
+                pack,
+                applies=lambda config, layer, pack=pack: (
+                    _after(config, layer) and pack.applies(config, layer)
+                ),
+            )
+            for pack in after_the_sum(
+                "",
+                "model.decoder.layers.{}.self_attn_layer_norm",
+                "model.decoder.layers.{}.final_layer_norm",
+            )
+        ),
+    ),
     neutral={
-        "do_layer_norm_before": (True,),
         "_remove_final_layer_norm": (False,),
         "layer_norm_elementwise_affine": (True,),
     },

@@ -1,5 +1,7 @@
 """Laguna: a gate of attention for each head, windows that turn whole heads, sigmoid experts."""
 
+from collections.abc import Mapping
+
 from ...transformer import Config
 from .conventions import TENSORS, read_activation, read_sizes, read_windows, write_windows
 from .llama import write_common
@@ -21,9 +23,14 @@ ROPE = {
 GATES = {True: "head", "per-head": "head", "per-element": "width"}
 
 
-def _read_rope(fields: Fields, sizes: dict[str, Json], windowed: bool) -> dict[str, Json]:
-    """The angles of layers without a window and of those with one."""
-    place, rope = fields.place("rope_parameters"), fields.get("rope_parameters", ROPE)
+def read_two_parts(
+    fields: Fields, sizes: dict[str, Json], windowed: bool, default: Mapping[str, Json]
+) -> dict[str, Json]:
+    """The angles, of a part of each head, of layers without a window and of those with one.
+
+    `default`: the objects of both kinds where the file has none.
+    """
+    place, rope = fields.place("rope_parameters"), fields.get("rope_parameters", default)
     if not isinstance(rope, dict) or not rope.keys() <= ROPE.keys():
         refuse(place, "an object of full_attention and sliding_attention", rope)
     found = []
@@ -64,7 +71,7 @@ def _read_laguna(fields: Fields) -> dict[str, Json]:
     return {
         **sizes,
         **windows,
-        **_read_rope(fields, sizes, windows["window"] is not None),
+        **read_two_parts(fields, sizes, windows["window"] is not None, ROPE),
         "activation": read_activation(fields),
         "norm_epsilon": fields.positive("rms_norm_eps", 1e-6),
         "tied": fields.flag("tie_word_embeddings", False),
@@ -83,23 +90,26 @@ def _read_laguna(fields: Fields) -> dict[str, Json]:
     }
 
 
+def write_two_parts(config: Config) -> dict[str, object]:
+    """The same, written."""
+    share = lambda size: {"partial_rotary_factor": (size or config.head_size) / config.head_size}
+    full = {**write_rope(config, nested=True), **share(config.rotary_size)}
+    near = {"rope_type": "default", "rope_theta": config.local_rope_base or 1e4}
+    near |= share(config.local_rotary_size)
+    return {"rope_parameters": {"full_attention": full, "sliding_attention": near}}
+
+
 def _write_laguna(config: Config) -> dict[str, object]:
     common = write_common(config)
     for name in ("rope_scaling", "rope_theta", "partial_rotary_factor"):
         common.pop(name, None)
-    share = lambda size: {"partial_rotary_factor": (size or config.head_size) / config.head_size}
-    full = {**write_rope(config, nested=True), **share(config.rotary_size)}
-    near = {"rope_type": "default", "rope_theta": config.local_rope_base or 1e4}
     windows = write_windows(config)
     if config.window is None:  # a window that no layer has
         windows["sliding_window"] = config.context
     return {
         **common,
         **windows,
-        "rope_parameters": {
-            "full_attention": full,
-            "sliding_attention": {**near, **share(config.local_rotary_size)},
-        },
+        **write_two_parts(config),
         "gating": "per-element" if config.attention_gate == "width" else "per-head",
         "num_experts": config.experts,
         "num_experts_per_tok": config.experts_per_token,

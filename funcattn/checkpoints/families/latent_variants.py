@@ -43,7 +43,7 @@ SIZES = {
 }
 
 
-def _read_latent(
+def read_latent(
     fields: Fields,
     *,
     context: int,
@@ -111,7 +111,8 @@ def _stretched(size: int, factor: float, over: float) -> float:
     return size**-0.5 * stretch * stretch
 
 
-def _write_latent(config: Config) -> dict[str, object]:
+def write_latent(config: Config) -> dict[str, object]:
+    """The same, written."""
     turning = config.rotary_size or 0
     alone = replace(  # the rotary fields are of the features that turn
         config,
@@ -179,7 +180,7 @@ def _defaults(fields: Fields, **values: int) -> None:
 
 def _read_deepseek_v2(fields: Fields) -> dict[str, Json]:
     _defaults(fields, n_routed_experts=64, n_shared_experts=2)
-    found = _read_latent(fields, context=2048)
+    found = read_latent(fields, context=2048)
     chosen = dense_first(fields, found["layers"], 0)
     mixture = _read_mixture(fields, chosen, expert_size=1407, of_token=None)
     kind = fields.choice(
@@ -199,7 +200,7 @@ def _read_deepseek_v2(fields: Fields) -> dict[str, Json]:
 def _write_deepseek_v2(config: Config) -> dict[str, object]:
     grouped = config.expert_groups > 1 or config.group_best == 1
     return {
-        **_write_latent(config),
+        **write_latent(config),
         **write_groups(config, "n_routed_experts", "n_shared_experts"),
         "topk_method": "group_limited_greedy" if grouped else "greedy",
         "n_group": config.expert_groups if grouped else None,
@@ -211,7 +212,7 @@ def _read_deepseek_v3(fields: Fields) -> dict[str, Json]:
     experts = aliased(fields, "n_routed_experts", "num_local_experts", 256)
     groups = {} if fields.says("n_group") else {"n_group": 8, "topk_group": 4}
     _defaults(fields, n_routed_experts=experts, n_shared_experts=1, **groups)
-    found = _read_latent(fields, context=4096)
+    found = read_latent(fields, context=4096)
     layers = found["layers"]
     chosen = dense_first(fields, layers, 3)
     return _with_router(fields, found, chosen, expert_size=2048, of_token=8, scale=2.5)
@@ -237,7 +238,7 @@ def _with_router(
 
 def _write_deepseek_v3(config: Config) -> dict[str, object]:
     written = {
-        **_write_latent(config),
+        **write_latent(config),
         **write_groups(config, "n_routed_experts", "n_shared_experts"),
     }
     del written["num_experts"]
@@ -247,7 +248,7 @@ def _write_deepseek_v3(config: Config) -> dict[str, object]:
 def _read_glm4_moe_lite(fields: Fields) -> dict[str, Json]:
     experts = aliased(fields, "n_routed_experts", "num_local_experts", 64)
     _defaults(fields, n_routed_experts=experts, n_shared_experts=1)
-    found = _read_latent(
+    found = read_latent(
         fields, context=202752, query_latent=768, plain=192, value=256, epsilon=1e-5
     )
     layers = found["layers"]
@@ -265,18 +266,18 @@ def _read_sarvam(fields: Fields) -> dict[str, Json]:
     _defaults(fields, n_routed_experts=experts, n_shared_experts=shared)
     turning = fields.whole("qk_rope_head_dim", 64)
     fields.values = {**fields.values, "head_dim": turning}  # of older files, for another program
-    found = _read_latent(fields, context=4096, query_latent=None)
+    found = read_latent(fields, context=4096, query_latent=None)
     fields.get("q_head_dim")
     chosen = dense_first(fields, found["layers"], 1)
     return _with_router(fields, found, chosen, expert_size=2048, of_token=8, scale=2.5)
 
 
 def _read_youtu(fields: Fields) -> dict[str, Json]:
-    return _read_latent(fields, context=131072, tied=True)
+    return read_latent(fields, context=131072, tied=True)
 
 
 def _read_minicpm3(fields: Fields) -> dict[str, Json]:
-    found = _read_latent(
+    found = read_latent(
         fields,
         context=32768,
         latent=256,
@@ -304,7 +305,7 @@ def _write_minicpm3(config: Config) -> dict[str, object]:
     depth = inverse(config.residual_scale * root, lambda x: x / root, config.residual_scale)
     base = inverse(config.logit_scale * width, lambda x: x / width, config.logit_scale)
     return {
-        **_write_latent(config),
+        **write_latent(config),
         "mlp_bias": config.feed_forward_bias,
         "scale_emb": config.embedding_scale,
         "scale_depth": depth,
@@ -366,7 +367,7 @@ YOUTU = Family(
     "youtu",
     "YoutuForCausalLM",
     _read_youtu,
-    _write_latent,
+    write_latent,
     {**TENSORS, **NAMES},
     packs=NEIGHBOURS,
     neutral={"rope_interleave": (True,)},

@@ -15,6 +15,7 @@ NEEDED = {  # kind -> required fields, which are numbers
     "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
     "yarn": (),
     "longrope": (),
+    "proportional": (),
 }
 OPTIONAL = {  # kind -> optional fields
     "llama3": {ORIGINAL},
@@ -28,6 +29,7 @@ OPTIONAL = {  # kind -> optional fields
         "mscale_all_dim",
         ORIGINAL,
     },
+    "proportional": {"factor"},  # of a part of each head
     "longrope": {"factor", "short_factor", "long_factor", "attention_factor", ORIGINAL},
 }
 # Fields that no class of transformers here reads.
@@ -91,13 +93,22 @@ def with_rope_type(rope: Mapping[str, object]) -> dict[str, Json]:
 
 
 def parse_rope(
-    rope: Mapping[str, object], where: str, context: int, renamed: Mapping[str, str]
+    rope: Mapping[str, object],
+    where: str,
+    context: int,
+    renamed: Mapping[str, str],
+    *,
+    proportional: bool = False,
 ) -> dict[str, Json]:
-    """`read_rope` of one object; fields unused by its kind are ignored, unknown ones an error."""
+    """`read_rope` of one object; fields unused by its kind are ignored, unknown ones an error.
+
+    `proportional` is True for a family whose files have that kind.
+    """
     kind = rope.get("rope_type", "default")
     kind = renamed.get(kind, kind) if isinstance(kind, str) else kind
-    if not isinstance(kind, str) or kind not in NEEDED:
-        refuse(f"rope_type of {where}", f"one of {', '.join(NEEDED)}", rope.get("rope_type"))
+    known = [name for name in NEEDED if proportional or name != "proportional"]
+    if not isinstance(kind, str) or kind not in known:
+        refuse(f"rope_type of {where}", f"one of {', '.join(known)}", rope.get("rope_type"))
     for name in rope.keys() - KNOWN:
         refuse(
             f"{name} of {where}", "absent, since no kind of scaling is known to have it", rope[name]
@@ -108,6 +119,10 @@ def parse_rope(
         if "partial_rotary_factor" in rope
         else None
     )
+    if kind == "proportional":  # of all pairs so many turn, those of a whole head
+        factor = positive(rope.get("factor", 1.0), f"factor of {where}")
+        scaling = RopeScaling("proportional", factor, share=1.0 if partial is None else partial)
+        return {"rope_base": base, "rope_scaling": scaling, "partial": None}
     numbers = [positive(rope.get(name), f"{name} of {where}") for name in NEEDED[kind]]
     return {
         "rope_base": base,
@@ -213,7 +228,12 @@ def partial_heads(rope: dict[str, Json], head_size: int) -> dict[str, Json]:
 
 
 def read_two_bases(
-    fields: Fields, context: int, bases: tuple[Json, Json], windowed: bool
+    fields: Fields,
+    context: int,
+    bases: tuple[Json, Json],
+    windowed: bool,
+    *,
+    proportional: bool = False,
 ) -> dict[str, Json]:
     """One base for layers without a window, another for those with, in either format.
 
@@ -236,7 +256,11 @@ def read_two_bases(
     wide, narrow = (
         # read of the outer object
         parse_rope(
-            with_rope_type({"rope_theta": base, **part, "truncate": True}), where, context, {}
+            with_rope_type({"rope_theta": base, **part, "truncate": True}),
+            where,
+            context,
+            {},
+            proportional=proportional,
         )
         for base, part in zip(bases, (full, near), strict=True)
     )
@@ -282,6 +306,9 @@ def _write_scaling(scaling: RopeScaling) -> dict[str, object]:
     if kind == "llama3":
         bounds = {"low_freq_factor": scaling.low, "high_freq_factor": scaling.high}
         return {"rope_type": kind, "factor": factor, **bounds, ORIGINAL: scaling.context}
+    if kind == "proportional":
+        stretched = {} if factor == 1.0 else {"factor": factor}
+        return {"rope_type": kind, "partial_rotary_factor": scaling.share, **stretched}
     common = {"rope_type": kind, "attention_factor": scaling.attention, ORIGINAL: scaling.context}
     if kind == "longrope":
         return {**common, "short_factor": list(scaling.short), "long_factor": list(scaling.long)}

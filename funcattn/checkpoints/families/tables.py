@@ -77,6 +77,7 @@ class Family:
         from the architecture.
     harmless: tensors on disk that follow from the config, and are ignored.
     also: other names that files have for the architecture.
+    unused: a Config -> names of tensors that files may have beside those of its leaves.
     older: parts of names on disk -> the parts of those in `tensors`.
     """
 
@@ -95,6 +96,7 @@ class Family:
     prefix: str = "model."
     also: tuple[str, ...] = ()
     older: Mapping[str, str] = field(default_factory=dict)
+    unused: Callable[[Config], frozenset[str]] = lambda config: frozenset()
 
     def name_of(self, stored: str) -> str:
         """The name in `tensors` of one on disk."""

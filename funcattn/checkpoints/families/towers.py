@@ -19,6 +19,13 @@ LLAMA_SIZES = {
     "num_hidden_layers": 32,
     "num_attention_heads": 32,
 }
+GEMMA4_SIZES = {
+    "vocab_size": 262144,
+    "hidden_size": 2304,
+    "intermediate_size": 9216,
+    "num_hidden_layers": 30,
+    "num_attention_heads": 8,
+}
 SIZES: Mapping[str, Mapping[str, int]] = {  # text family -> sizes where its config says none
     "llama": LLAMA_SIZES,
     "mistral": {**LLAMA_SIZES, "intermediate_size": 14336},
@@ -30,6 +37,15 @@ SIZES: Mapping[str, Mapping[str, int]] = {  # text family -> sizes where its con
         "num_hidden_layers": 61,
         "num_attention_heads": 128,
     },
+    "gemma3n_text": {
+        "vocab_size": 262400,
+        "hidden_size": 2048,
+        "intermediate_size": 16384,
+        "num_hidden_layers": 35,
+        "num_attention_heads": 8,
+    },
+    "gemma4_text": GEMMA4_SIZES,
+    "gemma4_unified_text": GEMMA4_SIZES,
     "gemma3_text": {
         "vocab_size": 262208,
         "hidden_size": 2304,
@@ -58,6 +74,11 @@ class Wrapper:
 
 WRAPPERS: Mapping[str, Wrapper] = {
     "gemma3": Wrapper("Gemma3ForConditionalGeneration", "gemma3_text", tied=True),
+    "gemma3n": Wrapper("Gemma3nForConditionalGeneration", "gemma3n_text", tied=True),
+    "gemma4": Wrapper("Gemma4ForConditionalGeneration", "gemma4_text", tied=True),
+    "gemma4_unified": Wrapper(
+        "Gemma4UnifiedForConditionalGeneration", "gemma4_unified_text", tied=True
+    ),
     "mistral3": Wrapper("Mistral3ForConditionalGeneration", "mistral", tied=True),
     "qwen2_vl": Wrapper("Qwen2VLForConditionalGeneration", "qwen2_vl_text", also=True, flat=True),
     "qwen2_5_vl": Wrapper(
@@ -87,6 +108,9 @@ OF_IMAGES = frozenset(
         *("image_seq_length", "image_grid_pinpoints", "use_image_newline_parameter"),
         *("downsample_ratio", "scale_factor", "ignore_index", "high_res_vision_config"),
         *("projection_hidden_size", "projection_layer_norm_eps"),
+        *("audio_config", "boi_token_id", "eoi_token_id", "boa_token_id", "eoa_token_id"),
+        *("eoa_token_index", "audio_token_id"),
+        *("audio_soft_tokens_per_image", "vision_soft_tokens_per_image"),
     ]
 )
 TEXT = re.compile(r"(?:model\.)?(?:language_model|text_model)\.(?:model\.)?(?P<name>.+)")
@@ -94,6 +118,7 @@ IMAGES = re.compile(
     r"(?:model\.)?"
     r"(?:visual|vision_tower|vision_model|multi_modal_projector|mm_projector|connector|aligner"
     r"|image_newline|high_res_vision_\w+)(?:\..+|$)"
+    r"|model\.(?:audio_tower|embed_audio|embed_vision|vision_embedder)\..+"
 )
 
 

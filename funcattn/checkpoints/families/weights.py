@@ -184,17 +184,23 @@ def _some(items: list[str], shown: int = 20) -> str:
 
 
 def unpack(config: Config, from_: Sequence[Source], read: Callable[[str], Tensor]) -> Params:
-    """Params from the tensors of a file, each read once."""
+    """Params from the tensors of a file, each read once, in the order of `by_columns`."""
     found = {}
     for source in from_:
-        found |= dict(
-            zip(
-                source.paths,
-                source.pack.unpack(config, [read(name) for name in source.names]),
-                strict=True,
-            )
-        )
+        leaves = source.pack.unpack(config, [read(name) for name in source.names])
+        found |= {path: by_columns(leaf) for path, leaf in zip(source.paths, leaves, strict=True)}
+        del leaves  # before the next are read
     return assemble(config, found.__getitem__)
+
+
+def by_columns(weight: Weight) -> Weight:
+    """The same values, a matrix of floats in column-major order.
+
+    Matrix-vector products of a decode step are faster on it: all linears of SmolLM2 take 26 ms
+    instead of 34 on one thread, 31 instead of 40 on two; products with more rows are no slower.
+    """
+    is_matrix = isinstance(weight, Tensor) and weight.dim() == 2
+    return weight.mT.contiguous().mT if is_matrix else weight
 
 
 def pack(config: Config, to: Sequence[Source], leaves: Mapping[str, Weight]) -> dict[str, Weight]:

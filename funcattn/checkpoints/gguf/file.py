@@ -23,6 +23,7 @@ from ...transformer import Config, Params
 from .. import families
 from ..families import CheckpointError
 from ..families.tables import Json
+from ..freed_memory import Reading, give_back
 from ..regular_files import open_regular
 from . import blocks
 from .header import Entry, read_header
@@ -142,9 +143,11 @@ def read_gguf(
     metadata, stored = read_parts(path)
     config, sources = read_layout(path, metadata, stored)
     family = families.GGUF[metadata["general.architecture"]]
+    reading = Reading()
 
     def read(name: str, kind: str) -> Weight:
         data, entry = stored[name]
+        reading.count(entry.size, data)
         is_block = entry.type in blocks.KEPT and len(entry.shape) == 2
         if keep_quantized and is_block and kind in MULTIPLIED:
             rows, columns = entry.shape
@@ -159,7 +162,8 @@ def read_gguf(
         if family.offset and kind.endswith("norm"):
             weight = weight - family.offset
         # Rounded, the bias would choose other experts than the original, which keeps it in float32.
-        return weight.to(torch.float32 if kind == "choice_bias" else dtype or torch.float32)
+        floats = weight.to(torch.float32 if kind == "choice_bias" else dtype or torch.float32)
+        return families.by_columns(floats)
 
     found = {}
     for source in sources:
@@ -174,6 +178,7 @@ def read_gguf(
             path: finish(leaf, kind)
             for path, kind, leaf in zip(source.paths, kinds, leaves, strict=True)
         }
+    give_back()
     return config, families.assemble(config, found.__getitem__), metadata
 
 

@@ -3,14 +3,15 @@
 In a folder the fields of a record replace the matrix, `...q_proj.codes` and `...q_proj.scale` for
 `...q_proj.weight`. `quantization_config` of config.json has the type of each record and the family;
 `model_type` is "funcattn", so that other readers reject the folder. They would ignore an unknown
-quantization method, and run with random matrices.
+quantization method, and run with random matrices. Leaves that a family stores joined, split or
+transposed are written one by one where one of them is a record: `funcattn.layers.0.k.codes`.
 
     Q4_0    w = (code - 8) d           Int4 of groups of 32, zero -8 d
     Q4_1    w = code d + m             Int4 of groups of 32
     Q8_0    w = code d                 Int8 of groups of 32
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -19,7 +20,7 @@ from torch import Tensor
 from ... import quantization
 from ...core.errors import fail
 from ...layers import Weight
-from ..families import CheckpointError
+from ..families import PLAIN, CheckpointError, Source
 from ..families.tables import Json
 
 METHOD = "funcattn"
@@ -47,6 +48,23 @@ def fields(name: str, kind: str) -> dict[str, str]:
         {'codes': 'layers.0.q_proj.codes', 'scale': 'layers.0.q_proj.scale'}
     """
     return {field: f"{name.removesuffix('.weight')}.{field}" for field in KINDS[kind]._fields}
+
+
+def leaf_name(path: str) -> str:
+    """The name on disk of a leaf that is written by itself, in place of its family's tensors."""
+    return f"{METHOD}.{path}"
+
+
+def by_leaves(sources: Sequence[Source], kinds: Mapping[str, str]) -> list[Source]:
+    """Sources, of which those that were written leaf by leaf are read so.
+
+    Args:
+        kinds: name -> type of the records of the file.
+    """
+    is_apart = lambda source: any(leaf_name(path) in kinds for path in source.paths)
+    one = lambda path: Source((path,), (leaf_name(path),), PLAIN)
+    each = [map(one, source.paths) if is_apart(source) else [source] for source in sources]
+    return [source for found in each for source in found]
 
 
 def flatten_records(tensors: Mapping[str, Weight]) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -18,6 +18,7 @@ from torch import Tensor
 from ... import quantization, tree
 from ...core import atomic
 from ...core.errors import fail, whole
+from ...layers import Weight
 from ...transformer import Config, Params
 from .. import families
 from ..families import CheckpointError
@@ -62,7 +63,8 @@ def save(
             (config.json says so, and other readers reject it); "compressed-tensors" and "gptq" are
             read by transformers and vLLM, with the same codes and scales. They have no zero points
             that are not whole numbers of scales: quantize by fa.int4(symmetric=True). Embedding
-            and head are then written as floats.
+            and head are then written as floats. Rows that the family joins or orders are joined
+            and ordered; what it transposes is an error.
         shard_size: bytes of weights above which they are written to several files.
 
     Raises:
@@ -72,6 +74,8 @@ def save(
 
     Law: load(save(...)) is what was saved, bit for bit
         (test_saving.py::test_a_saved_model_comes_back_bit_for_bit).
+    Law: so is a quantized tree of a family that joins, splits or transposes its leaves
+        (test_compressed.py::test_leaves_that_a_family_stores_otherwise_come_back_bit_for_bit).
     Law: in the formats of others the codes are the same, as their own readers find
         (test_writing.py::test_what_is_written_is_read_with_the_same_codes).
     Law: a kill leaves the old or the new
@@ -85,7 +89,7 @@ def save(
         wanted = f"None or one of {', '.join(map(repr, quantized.WRITTEN))}"
         fail("save", "format", wanted, repr(format), "None is this library's own.")
     settings = families.write_config(config)
-    named = _named(config, params)
+    named = _named(config, params, format)
     settings["dtype"] = str(getattr(params.embedding, "dtype", params.norm.dtype)).removeprefix(
         "torch."
     )
@@ -110,8 +114,8 @@ def save(
         _write_tensors(draft, tensors, shard_size)
 
 
-def _named(config: Config, params: Params) -> dict[str, Tensor]:
-    """Name on disk -> tensor, validated against the Config."""
+def _named(config: Config, params: Params, format: str | None) -> dict[str, Weight]:
+    """Name on disk -> tensor or record, validated against the Config."""
     whole(
         "save",
         "params",
@@ -152,22 +156,22 @@ def _named(config: Config, params: Params) -> dict[str, Tensor]:
                 "Cast it.",
                 TypeError,
             )
-    places = families.locate_tensors(families.family_for(config), config)
-    for source in places:
-        if source.is_changed and not all(isinstance(leaves[path], Tensor) for path in source.paths):
-            remedy = (
-                "The family stores it transposed or joined with others: dequantize it, "
-                "fa.dequantize(params)."
-            )
-            fail(
-                "save",
-                source.paths[0],
-                "a tensor",
-                f"a {type(leaves[source.paths[0]]).__name__}",
-                remedy,
-                TypeError,
-            )
-    return families.pack(config, places, leaves)
+    found: dict[str, Weight] = {}
+    for source in families.locate_tensors(families.family_for(config), config):
+        weights = [leaves[path] for path in source.paths]
+        if not source.is_changed or all(isinstance(weight, Tensor) for weight in weights):
+            found |= families.pack(config, [source], leaves)
+        elif format is None:
+            found |= {compressed.leaf_name(path): leaves[path] for path in source.paths}
+        else:
+            made = quantized.packed(config, source, weights)
+            if isinstance(made, str):
+                wanted = f"records whose rows {format} has as {source.names[0]}"
+                kinds = ", ".join(dict.fromkeys(type(weight).__name__ for weight in weights))
+                remedy = "Without format= this library's own layout has them; or fa.dequantize."
+                fail("save", source.paths[0], wanted, f"{kinds}: {made}", remedy, TypeError)
+            found |= dict(zip(source.names, made, strict=True))
+    return found
 
 
 def _write_tensors(draft: Path, tensors: Mapping[str, Tensor], shard_size: int) -> None:

@@ -6,6 +6,7 @@ beside its copy, and ends the process where the file is cut meanwhile.
 """
 
 import functools
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -24,6 +25,7 @@ from ...transformer import Config, Params
 from .. import families
 from ..families import CheckpointError
 from ..families.tables import Json
+from ..freed_memory import Reading, give_back
 from ..regular_files import REMEDY, check_regular, open_regular, parse_object
 from . import compressed, quantized, quantizers
 
@@ -55,11 +57,13 @@ class Contents:
     types: dict[str, str] = field(default_factory=dict)
     places: dict[str, tuple["OpenFile", str]] = field(default_factory=dict)
     metadata: dict[str, str] = field(default_factory=dict)
+    reading: Reading = field(default_factory=Reading)
 
     def read(self, name: str, rows: tuple[slice, ...] | None = None) -> Tensor:
         """A tensor, or a slice of it, in memory of its own."""
         file, stored = self.places[name]
         if rows is None:
+            self.reading.count(math.prod(self.shapes[name]) * ALL_TYPES[self.types[name]].itemsize)
             return file.read(stored, ALL_TYPES[self.types[name]], self.shapes[name])
         with _safetensors_errors(file.path):
             return file.mapped.get_slice(stored)[rows].clone()
@@ -157,7 +161,9 @@ def read_weights(
     with ExitStack() as stack:
         family = families.family_of(settings.get("model_type"), "model_type in config.json")
         held = contents(files, family, wrapped, stack)
-        return _read(folder, held, settings, config, dtype, kinds, cut, codes)
+        found = _read(folder, held, settings, config, dtype, kinds, cut, codes)
+    give_back()
+    return found
 
 
 def _read(
@@ -240,8 +246,14 @@ def _read(
                 "other numbers",
             )
         del found[head]
-    stored = {name: shape for name, shape in found.items() if not family.harmless.fullmatch(name)}
-    sources = families.in_layout(config, families.locate_tensors(family, config), stored)
+    unused = family.unused(config)
+    stored = {
+        name: shape
+        for name, shape in found.items()
+        if not family.harmless.fullmatch(name) and name not in unused
+    }
+    sources = compressed.by_leaves(families.locate_tensors(family, config), kinds)
+    sources = families.in_layout(config, sources, stored)
     # Rounded, it would choose other experts than the original, which keeps it in float32.
     precise |= {source.names[0] for source in sources if source.paths[0].endswith(".choice_bias")}
     wanted = families.wanted(config, sources)
@@ -263,7 +275,8 @@ def _read(
     }
     params = families.unpack(config, sources, read)
     turned = {path for source in sources if source.is_changed for path in source.paths}
-    shard = lambda path, x: x[cut(path, shapes[path])].clone() if path in turned else x
+    own = lambda path, x: families.by_columns(x[cut(path, shapes[path])].clone())
+    shard = lambda path, x: own(path, x) if path in turned else x
     return tree.map_with_path(shard, params), ""
 
 

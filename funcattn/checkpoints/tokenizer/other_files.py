@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ..families.tables import Json
 from ..regular_files import LARGE, read_bytes, read_text
-from . import byte_level_files, ranked, sentencepiece_model
+from . import byte_level_files, ranked, sentencepiece_model, word_pieces
 from .declared import OTHERS
 
 Made = tuple[str, dict[str, Json]]  # the text of tokenizer.json, and tokenizer_config.json
@@ -41,6 +41,9 @@ def as_tokenizer_json(
             return None if text is None else (text, dict(settings))
         made = sentencepiece_model.as_tokenizer_json(data, settings)
         return (made[0], _with(settings, beside, made[1])) if isinstance(made, tuple) else None
+    if word_pieces.FILE in there and word_pieces.is_read(model_type, settings):
+        text = read_text(folder / word_pieces.FILE, LARGE)
+        return word_pieces.as_tokenizer_json(text, settings, beside)
     return None
 
 

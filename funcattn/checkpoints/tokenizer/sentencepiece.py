@@ -99,14 +99,19 @@ def pieces(
         fuse_unk=True,
         byte_fallback=True,
     )
-    backend = tokenizers.Tokenizer(model)
+    return with_spaces(tokenizers.Tokenizer(model), leading_space, [])
+
+
+def with_spaces(
+    backend: tokenizers.Tokenizer, leading_space: bool, first: Sequence[normalizers.Normalizer]
+) -> tokenizers.Tokenizer:
+    """A tokenizer whose model has spaces as SPACE, behind other normalizers."""
     to_spaces = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
+    spaces: list[normalizers.Normalizer] = [normalizers.Replace(" ", SPACE)]
     if leading_space:
-        backend.normalizer = normalizers.Sequence(
-            [normalizers.Prepend(SPACE), normalizers.Replace(" ", SPACE)]
-        )
+        spaces.insert(0, normalizers.Prepend(SPACE))
         to_spaces.append(decoders.Strip(" ", 1, 0))
-    else:
-        backend.normalizer = normalizers.Replace(" ", SPACE)
+    each = [*first, *spaces]
+    backend.normalizer = each[0] if len(each) == 1 else normalizers.Sequence(each)
     backend.decoder = decoders.Sequence(to_spaces)
     return backend

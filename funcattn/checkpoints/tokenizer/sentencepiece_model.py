@@ -1,9 +1,11 @@
-"""tokenizer.model: the pieces of a SentencePiece tokenizer of the kind BPE, a protocol buffer.
+"""tokenizer.model: the pieces of a SentencePiece tokenizer, BPE or Unigram, a protocol buffer.
 
     ModelProto      1 SentencePiece (several), 2 TrainerSpec, 3 NormalizerSpec
     SentencePiece   1 text, 2 score (float), 3 kind, as GGUF numbers them
-    TrainerSpec     3 kind of model (2 is BPE), 40 41 42 43 ids of unk, bos, eos and pad
-    NormalizerSpec  2 a map of characters, 3 a space before a text, 4 remove further spaces
+    TrainerSpec     3 kind of model (1 is Unigram, 2 BPE), 24 spaces behind words, 35 unknown
+                    letters in bytes, 40 41 42 43 ids of unk, bos, eos and pad
+    NormalizerSpec  2 a map of characters, 3 a space before a text, 4 remove further spaces, 5 write
+                    a sign for spaces
 
 A message is fields: a varint of 8 number + wire type, then a varint (0), eight bytes (1), a length
 and as many bytes (2), or four bytes (5). Every length is checked against the bytes that are left.
@@ -11,6 +13,7 @@ and as many bytes (2), or four bytes (5). Every length is checked against the by
 Source: github.com/google/sentencepiece, src/sentencepiece_model.proto; protobuf.dev, encoding.
 """
 
+import math
 import struct
 from collections.abc import Iterator, Mapping
 from typing import NoReturn
@@ -20,11 +23,14 @@ import numpy as np
 from ...core.errors import fail
 from ..families import CheckpointError
 from ..families.tables import Json
+from . import unigram
 from .gguf_metadata import from_metadata
+from .library import rust_errors
 from .tokenizer_json import MOST_IDS
 
 FILE = "tokenizer.model"
-BPE, UNUSED = 2, -1
+UNIGRAM, BPE, UNUSED = 1, 2, -1
+SUFFIX, FALLBACK = 24, 35  # fields of the trainer
 # of transformers, whose tokenizers are made of such files as here
 CLASSES = (None, "LlamaTokenizer", "LlamaTokenizerFast", "GemmaTokenizer", "GemmaTokenizerFast")
 IDS = {
@@ -55,14 +61,19 @@ def as_tokenizer_json(
     messages = [value for number, value in parts if number == 1]
     if not 0 < len(messages) <= MOST_IDS:
         _refuse("the pieces", f"from 1 to {MOST_IDS}", len(messages))
-    if settings.get("tokenizer_class") not in CLASSES:
-        return f"of the class {settings.get('tokenizer_class')}"
-    if trainer.get(3, 1) != BPE:
-        return "not of the kind BPE"
-    if normalizer.get(2) or normalizer.get(4, 1):
-        return "with a normalizer"
+    said = settings.get("tokenizer_class")
+    if said not in CLASSES:
+        return f"of the class {said}"
     if settings.get("add_eos_token"):
         return "with an end after each text"
+    if trainer.get(3, UNIGRAM) == UNIGRAM:
+        if said is not None:  # which transformers reads as BPE
+            return f"of the kind Unigram, and of the class {said}"
+        return _of_unigram(messages, trainer, normalizer, settings)
+    if trainer[3] != BPE:
+        return "of neither the kind BPE nor Unigram"
+    if normalizer.get(2) or normalizer.get(4, 1):
+        return "with a normalizer"
     tokens, scores, kinds = _pieces(messages)
     space, begins = settings.get("add_prefix_space"), settings.get("add_bos_token")
     metadata: dict[str, Json] = {
@@ -73,13 +84,51 @@ def as_tokenizer_json(
         "tokenizer.ggml.add_space_prefix": space is not False and bool(normalizer.get(3, 1)),
         "tokenizer.ggml.add_bos_token": begins is not False,
     }
-    ids = {name: _signed(trainer.get(number, usual)) for name, (number, usual, _) in IDS.items()}
-    there = {name: number for name, number in ids.items() if 0 <= number < len(tokens)}
+    there = _roles(trainer, len(tokens))
     found = from_metadata(
         metadata | {f"tokenizer.ggml.{name}": number for name, number in there.items()}
     )
     assert found is not None  # of metadata that has tokens
     return found.backend.to_str(), {IDS[name][2]: tokens[number] for name, number in there.items()}
+
+
+def _of_unigram(
+    messages: list[Json],
+    trainer: Mapping[int, Json],
+    normalizer: Mapping[int, Json],
+    settings: Mapping[str, Json],
+) -> tuple[str, dict[str, str]] | str:
+    """`as_tokenizer_json` of the kind Unigram; a beginning is put where the settings say so."""
+    tokens, scores, kinds = _pieces(messages)
+    there = _roles(trainer, len(tokens))
+    if trainer.get(SUFFIX) or not normalizer.get(5, 1):
+        return "with spaces behind words, or without a sign for them"
+    if "unknown_token_id" not in there or len(set(tokens)) < len(tokens):
+        _refuse("the pieces", "all different, one of them unknown", "others")
+    if any(not math.isfinite(score) for score in scores):
+        _refuse("a score", "a finite number", "another")
+    with rust_errors(FILE):
+        backend = unigram.unigram(
+            tokens,
+            scores,
+            kinds,
+            there["unknown_token_id"],
+            byte_fallback=bool(trainer.get(FALLBACK)),
+            leading_space=bool(normalizer.get(3, 1)),
+            single_spaces=bool(normalizer.get(4, 1)),
+            charsmap=_message(normalizer.get(2, b"")),
+        )
+        if isinstance(backend, str):
+            return backend
+        begin = there.get("bos_token_id") if settings.get("add_bos_token") is True else None
+        unigram.with_special(backend, tokens, kinds, begin)
+        return backend.to_str(), {IDS[name][2]: tokens[number] for name, number in there.items()}
+
+
+def _roles(trainer: Mapping[int, Json], count: int) -> dict[str, int]:
+    """The ids of special tokens that are there, by their names in GGUF."""
+    ids = {name: _signed(trainer.get(number, usual)) for name, (number, usual, _) in IDS.items()}
+    return {name: number for name, number in ids.items() if 0 <= number < count}
 
 
 def _pieces(messages: list[Json]) -> tuple[list[str], list[float], list[int]]:

@@ -170,21 +170,12 @@ def function(f: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]], *, length: in
     return of_text(draft, length)
 
 
-def of_text(
-    draft: Callable[[Tensor, Tensor], Draft], length: int, before: Tensor | None = None
-) -> Drafter:
-    """A drafter that reads the text alone: draft(text (S,), n ()) -> Draft of at most `length`.
-
-    Args:
-        before: int64 (R,), tokens in front of the prompt; they count in n.
-    """
-    start = 0 if before is None else len(before)
+def of_text(draft: Callable[[Tensor, Tensor], Draft], length: int) -> Drafter:
+    """A drafter that reads the text alone: draft(text (S,), n ()) -> Draft of at most `length`."""
 
     def init(prompt: Tensor, prompt_length: Tensor, steps: int) -> LookupState:
         text = torch.cat([prompt, prompt.new_full((steps + length + 2,), -1)])
-        if before is not None:
-            text = torch.cat([before.to(prompt), text])
-        return LookupState(text, prompt_length + start)
+        return LookupState(text, prompt_length)
 
     def propose(key: Tensor, last: Tensor, state: LookupState) -> tuple[Draft, LookupState]:
         places = torch.arange(len(state.tokens), device=last.device)

@@ -1,7 +1,7 @@
 """Modify a model layer by layer, each with the activations after the modified layers before it."""
 
 from collections.abc import Callable
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ from ...layers import Weight
 from ...models import Model, config_of, told
 from ...progress import track
 from ...records import is_absent
-from ...transformer import Config, Layer, LayerContext, LayerDelta, LayerSpec, Params
+from ...transformer import Config, Layer, LayerContext, LayerDelta, LayerSpec, Params, layer_inputs
 
 FEEDS = {  # a tap of a layer -> the matrices that its value is multiplied by
     "attention.input": ("q", "k", "v"),
@@ -44,6 +44,8 @@ Progress: TypeAlias = Callable[[int, int], None]  # (layers done, of all)
 
 def feeds_of(layer: Layer) -> dict[str, tuple[str, ...]]:
     """A tap of the layer -> the matrices that its value is multiplied by."""
+    if not is_absent(layer.mixer_gate_down):  # of low rank: the gate reads no tap
+        return {**OF_MIXERS, "mixer.input": ("mixer_in", "mixer_gate_down", "mixer_rate_down")}
     if not is_absent(layer.mixer_in):
         return OF_MIXERS
     if is_absent(layer.kv_down):
@@ -134,8 +136,8 @@ def walk(
         number: int, spec: LayerSpec, layer: Layer, x: Tensor, context: LayerContext
     ) -> tuple[Tensor, LayerDelta]:
         through = lambda layer, row: transformer.block(
-            config, spec, layer, row, context, (), name="", kernel=model.kernel
-        )[0]
+            config, spec, layer, x[row], _of_row(context, row), (), name="", kernel=model.kernel
+        )
 
         def feeds(wanted: set[str], gather: Gather) -> None:
             def listen(name: str, value: Tensor) -> Tensor:
@@ -147,17 +149,28 @@ def walk(
                 name: Heard(getattr(layer, name), name, gather) for name in wanted & {*BY_EXPERT}
             }
             with taps.listening(listen):
-                for row in x:
+                for row in range(len(x)):
                     through(layer._replace(**heard), row)
 
         changed = change(number, layer, feeds)
-        after = torch.stack([through(changed, row) for row in x])
+        after, new = zip(*(through(changed, row) for row in range(len(x))), strict=True)
         done.append(changed)
         if progress is not None:
             progress(number + 1, config.layers)
-        return after, LayerDelta((), ())  # what a cache needs is not
+        if not config.shared_layers or not spec.caches:  # no layer reads its keys again
+            return torch.stack(after), LayerDelta((), ())
+        sides = (torch.stack([one[side] for one in new]) for side in (0, 1))
+        return torch.stack(after), LayerDelta(*sides)
 
     weights = params.layers if progress is not None else track(params.layers, "calibrating layer")
     x = transformer.embed_tokens(config, params, windows, positions)
-    transformer.run_layers(config, specs, weights, x, positions, run)
+    inputs = layer_inputs.of_tokens(config, params, windows, x)
+    transformer.run_layers(config, specs, weights, x, positions, run, inputs=inputs)
     return tuple(done)
+
+
+def _of_row(context: LayerContext, row: int) -> LayerContext:
+    """The context of one window of the text."""
+    inputs = context.inputs[row] if isinstance(context.inputs, Tensor) else ()
+    lent: Any = tuple(side[row] for side in context.lent)
+    return context._replace(inputs=inputs, lent=lent)

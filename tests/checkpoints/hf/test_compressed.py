@@ -9,14 +9,17 @@ from typing import NamedTuple
 import gguf
 import pytest
 import torch
+from family_models import MODELS, settings
 from safetensors.torch import load_file, save_file
 from samples import CONFIG, load, params, tokenizer, write_gguf
 from transformers import AutoModelForCausalLM
 
 import funcattn as fa
+from funcattn import families
 from funcattn.checkpoints import save
+from funcattn.checkpoints.surveying import survey
 from funcattn.families import CheckpointError
-from funcattn.quantization import Int4, Int8, expand, is_quantized
+from funcattn.quantization import Int4, Int8, expand, is_multiplied, is_quantized
 
 SCHEMES = {
     "int8": fa.int8,
@@ -85,10 +88,70 @@ def test_transformers_refuses_it(tmp_path):
         AutoModelForCausalLM.from_pretrained(tmp_path / "a")
 
 
-def test_what_a_family_stores_otherwise_is_refused(tmp_path):
-    config = replace(CONFIG, experts=4, experts_per_token=2, expert_size=CONFIG.feed_forward)
-    with pytest.raises(TypeError, match=r"save: layers\.0\.\w+ should be a tensor, got"):
-        save(tmp_path / "a", config, fa.quantize(fa.int8)(fa.decoder(config).init(fa.key(0))))
+def small(name):
+    """Config and params of a small model of a family."""
+    config = families.read_config({"model_type": MODELS[name][0], **settings(name)})
+    return config, fa.decoder(config).init(fa.key(0))
+
+
+slow = lambda *names: [pytest.param(name, marks=pytest.mark.slow) for name in names]
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["deepseek_v2", "gpt2", "qwen3_next", *slow("deepseek_v3", "minicpm3", "gpt_oss")],
+)
+def test_leaves_that_a_family_stores_otherwise_come_back_bit_for_bit(tmp_path, name):
+    # Joined by heads, with rows in another order, one tensor an expert, transposed.
+    config, tree = small(name)
+    sources = families.locate_tensors(families.family_for(config), config)
+    apart = [one for one in sources if one.is_changed and is_multiplied(one.paths[0])]
+    assert apart
+    for scheme, where in ((fa.int8, None), (fa.int4(group=4), rf".*\.{apart[0].paths[-1][9:]}")):
+        quantized = fa.quantize(scheme, where)(tree)
+        save(tmp_path / "a", config, quantized)
+        found = load(tmp_path / "a")
+        assert found.config == config
+        assert same(found.params, quantized)
+        seen = survey(tmp_path / "a")
+        assert (seen.why_not, seen.config) == ("", config)
+
+
+@pytest.mark.parametrize("method", ["compressed-tensors", "gptq"])
+def test_rows_of_a_family_are_those_of_the_formats_of_others(tmp_path, method):
+    config, tree = small("minicpm3")
+    tree = fa.tree.map(lambda x: x.half(), tree)
+    quantized = fa.quantize(fa.int8)(tree)
+    save(tmp_path / "a", config, quantized, format=method)
+    found, floats = load(tmp_path / "a").params, fa.dequantize(quantized)
+    assert sum(map(is_quantized, families.leaves(found).values())) > 30
+    save(tmp_path / "b", config, fa.tree.map(lambda x: x.float(), floats))
+    want = load_file(tmp_path / "b" / "model.safetensors")
+    got = load_file(tmp_path / "a" / "model.safetensors")
+    module = "model.layers.1.self_attn.kv_b_proj"  # keys and values by heads, in one
+    if method == "gptq":
+        words, scale = got[f"{module}.qweight"].mT, got[f"{module}.scales"].mT
+    else:
+        words, scale = got[f"{module}.weight_packed"], got[f"{module}.weight_scale"]
+    codes = words.contiguous().view(torch.uint8).float() - 128
+    assert torch.equal(codes * scale.float(), want[f"{module}.weight"])
+    for path, leaf in families.leaves(found).items():
+        whole = families.leaves(floats)[path]
+        made = expand(leaf) if is_quantized(leaf) else leaf  # float16 where it is of floats
+        assert torch.equal(made, whole.to(leaf.dtype if leaf is made else whole.dtype)), path
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [("gpt2", "more than rows"), ("qwen3_next", "joined with matrices of other records")],
+)
+def test_what_the_formats_of_others_cannot_hold_is_refused(tmp_path, name, said):
+    config, tree = small(name)
+    told = (
+        rf"save: layers\.0\.\w+ should be records whose rows gptq has as .*, got .*{said}.*Without"
+    )
+    with pytest.raises(TypeError, match=told):
+        save(tmp_path / "a", config, fa.quantize(fa.int8)(tree), format="gptq")
 
 
 def test_a_record_of_another_scheme_is_refused_with_what_is_kept(tmp_path):

@@ -164,8 +164,10 @@ def test_a_tree_keeps_more_than_its_first_branch():
     assert rounds["grown"] < rounds["chain"]
 
 
-@pytest.mark.parametrize("children", ["top", "mixed"])
-def test_a_draft_depends_on_the_text_alone(children):
+@pytest.mark.parametrize(
+    "options", [{}, {"children": "mixed"}, {"width": 1, "confidence": 0.01, "least": 0.2}], ids=str
+)
+def test_a_draft_depends_on_the_text_alone(options):
     """Whatever was drafted before: what was kept is observed once, and the rest never."""
     model, params = some()
     add = lambda token, counts: counts + torch.nn.functional.one_hot(token, 24)
@@ -180,8 +182,8 @@ def test_a_draft_depends_on_the_text_alone(children):
     drafter = drafters.tree(
         drafters.model(fa.decoder(SMALL), params),
         branching=(2, 2),
-        children=children,
         sampler=counted,
+        **options,
     )
     n, last, text = torch.tensor(len(PROMPT)), torch.tensor(7), PROMPT
     state = drafter.init(PROMPT, n, 12)

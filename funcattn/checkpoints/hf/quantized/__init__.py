@@ -12,6 +12,7 @@ A matrix that no record represents, or whose layer multiplies none, is dequantiz
 float32 and rounded once to the dtype of the model. One warning tells which.
 """
 
+from .leaves import packed
 from .methods import METHODS, Quantized, find, matrix, method_in, take_settings
 from .stored import Entry, Tensors
 from .writing import METHODS as WRITTEN
@@ -27,5 +28,6 @@ __all__ = [
     "flatten_as",
     "matrix",
     "method_in",
+    "packed",
     "take_settings",
 ]

@@ -22,6 +22,7 @@ from .stored import CONVERT, FLOATS, SETTINGS, WORDS, Dense, Read, Stored, Tenso
 from .stored import wrong as refuse
 
 NIBBLES = [0, 4, 1, 5, 2, 6, 3, 7]  # of output 0, 1, ... in a word
+LOW = 0x0F0F0F0F
 
 
 def find(settings: Mapping[str, Json], tensors: Tensors) -> list[Stored]:
@@ -44,13 +45,12 @@ def _one(module: str, settings: Mapping[str, Json], tensors: Tensors) -> Stored:
         tensors.refuse(names[0], "of an even number of inputs", (K, words))
 
     def read(tensor: Read) -> Weight | Dense:
-        coded = codes.bytes_of(tensor(names[0])).unflatten(-1, (-1, 4))
+        words = tensor(names[0]).view(torch.int32)
         points = _in_order(tensor(names[1])).mT.contiguous()
         scale = tensor(names[2]).mT.contiguous()
         if size % 2:
-            each = _in_order(tensor(names[0])).mT
-            return codes.four_bits(codes.paired(each), scale, points)
-        return quantization.Int4(_halves(coded, size), scale, codes.zero_of(scale, points))
+            return codes.four_bits(codes.paired(_in_order(words).mT), scale, points)
+        return quantization.Int4(_halves(words, size), scale, codes.zero_of(scale, points))
 
     return Stored(f"{module}.weight", (8 * words, K), tuple(names), read)
 
@@ -61,16 +61,19 @@ def _in_order(words: Tensor) -> Tensor:
     return found[..., torch.tensor(NIBBLES)].flatten(-2)
 
 
-def _halves(coded: Tensor, size: int) -> Tensor:
-    """The bytes of words (K, N / 8, 4) as codes of a record (N, K / 2), groups of `size` inputs.
+def _halves(words: Tensor, size: int) -> Tensor:
+    """Words (K, N / 8) as codes of a record (N, K / 2), groups of `size` inputs.
 
-    Without codes one by one: a byte holds two outputs of one input, and the byte half a group of
-    inputs on holds the others of the record's bytes.
+    Four codes at once: the low nibbles of a word, and those half a group of inputs on, are the
+    bytes of four outputs, and so are the high ones.
     """
-    K, words, _ = coded.shape
-    found = coded.new_empty(words, 8, K // size, size // 2)
-    for i, plane in enumerate(coded.unbind(-1)):  # (K, N / 8)
-        first, second = plane.mT.contiguous().unflatten(-1, (-1, 2, size // 2)).unbind(-2)
-        found[:, NIBBLES.index(2 * i)] = (first & 15) | (second << 4)
-        found[:, NIBBLES.index(2 * i + 1)] = (first >> 4) | (second & 240)
-    return found.reshape(8 * words, K // 2)
+    K, W = words.shape
+    found = torch.empty(W, 8, K // size, size // 2, dtype=torch.uint8)
+    for out, block in codes.in_blocks(found, words.mT.contiguous()):
+        first, second = block.unflatten(-1, (-1, 2, size // 2)).unbind(-2)  # (w, G, size / 2)
+        low = (first & LOW) | ((second & LOW) << 4)
+        high = ((first >> 4) & LOW) | (second & ~LOW)
+        for i, joined in enumerate((low, high)):
+            for j, bytes_ in enumerate(codes.bytes_of(joined).unflatten(-1, (-1, 4)).unbind(-1)):
+                out[:, NIBBLES.index(2 * j + i)] = bytes_
+    return found.reshape(8 * W, K // 2)

@@ -4,6 +4,8 @@ All formats count from the low bits of a word: code i of b bits is at bit b i. R
 first half of a group in the low nibbles and the second in the high ones (quantization.packing).
 """
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -13,9 +15,17 @@ from ....quantization import packing
 from .stored import Dense
 
 ONES = {2: 0x55555555, 4: 0x11111111, 8: 0x01010101}  # bits -> a word of codes that are 1
+BLOCK = 2**16  # codes at once: their halves stay in the cache and in one thread
 UNEVEN = "its groups have an odd number of columns"
 NO_ORDER = "records of 8 bits have no order of inputs"
 IRREGULAR = "its groups of inputs differ in size"
+
+
+def in_blocks(out: Tensor, codes: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Blocks of rows of a contiguous result and of what it is made of, with the same rows."""
+    flat = [x.reshape(-1, *x.shape[codes.dim() - 1 :]) for x in (out, codes)]
+    rows = max(1, BLOCK // codes.shape[-1])
+    return zip(*(x.split(rows) for x in flat), strict=True)
 
 
 def bytes_of(words: Tensor) -> Tensor:
@@ -43,9 +53,13 @@ def by_halves(pairs: Tensor, size: int) -> Tensor:
     """
     if size % 4:
         return packing.pack(unpacked(pairs, 4), size, 4)
-    first, second = pairs.unflatten(-1, (-1, 2, size // 4)).unbind(-2)
-    low, high = (first & 15) | (second << 4), (first >> 4) | (second & 240)
-    return torch.stack([low, high], -1).flatten(-3)
+    found = torch.empty_like(pairs, memory_format=torch.contiguous_format)
+    for out, block in in_blocks(found, pairs):
+        first, second = block.unflatten(-1, (-1, 2, size // 4)).unbind(-2)
+        low, high = out.unflatten(-1, (-1, size // 4, 2)).unbind(-1)
+        torch.bitwise_or(first & 15, second << 4, out=low)
+        torch.bitwise_or(first >> 4, second & 240, out=high)
+    return found
 
 
 def four_bits(pairs: Tensor, scale: Tensor, points: Tensor | int) -> Weight | Dense:

@@ -5,7 +5,7 @@ says how. Applied to the numbers of rows in place of the rows, it says which row
 it does more than move rows, the matrices are dequantized.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -34,14 +34,26 @@ def placed(
         return FLOATS
     if not source.is_changed and not turned:
         return list(weights)
+    turn = lambda x: x.mT if turned else x
+    return _moved(weights, lambda rows: source.pack.unpack(config, [turn(x) for x in rows]))
+
+
+def packed(config: Config, source: Source, weights: Sequence[Weight]) -> list[Weight] | str:
+    """The other way: records of the tensors of a source, made of rows of its leaves; or why not."""
+    return _moved(weights, lambda rows: source.pack.pack(config, rows))
+
+
+def _moved(
+    weights: Sequence[Weight], move: Callable[[list[Tensor]], list[Tensor]]
+) -> list[Weight] | str:
+    """Records of the rows that `move`, of matrices, makes of those of these records."""
     first = weights[0]
     if isinstance(first, Tensor) or any(not _are_alike(first, other) for other in weights):
         return UNLIKE
     numbers = _numbers(weights)
-    unpack = lambda rows: source.pack.unpack(config, [x.mT if turned else x for x in rows])
-    places = unpack(numbers)
+    places = move(numbers)
     last = sum(map(Tensor.numel, numbers)) - 1
-    mirrored = unpack([last - x for x in numbers])
+    mirrored = move([last - x for x in numbers])
     for place, other in zip(places, mirrored, strict=True):
         if place.dtype != torch.int64 or place.dim() < 2 or place.shape[-1] != 1:
             return MOVED

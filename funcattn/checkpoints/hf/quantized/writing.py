@@ -115,6 +115,8 @@ def _compressed(name: str, weight: Weight) -> Module:
     (N, K), G = weight.shape[-2:], weight.scale.shape[-1]
     if isinstance(weight, (quantization.Int4, quantization.Int8)):
         bits = 4 if isinstance(weight, quantization.Int4) else 8
+        if K % (32 // bits):
+            _refuse(name, f"of a multiple of {32 // bits} columns", (N, K), ANY)
         tensors = {
             "weight_packed": words(_numbers(weight), bits),
             "weight_scale": weight.scale,

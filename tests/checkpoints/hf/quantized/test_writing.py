@@ -180,3 +180,12 @@ def test_words_are_the_inverse_of_unpacking():
         each = fa.random.randint(fa.key(bits), (3, K), 0, 2**bits).to(torch.uint8)
         words = writing.words(each, bits)
         assert torch.equal(codes.unpacked(codes.bytes_of(words), bits)[:, :K], each)
+
+
+def test_columns_that_do_not_fill_words_are_refused(tmp_path):
+    config = replace(CONFIG, feed_forward=CONFIG.feed_forward + 4)
+    tree = fa.quantize(fa.int4(group=4, symmetric=True), r".*\.down")(
+        fa.decoder(config).init(fa.key(0))
+    )
+    with pytest.raises(ValueError, match=r"save: .*down_proj.*of a multiple of 8 columns"):
+        fa.save(tmp_path / "m", config, tree, format="compressed-tensors")
