@@ -3,13 +3,13 @@
 from collections.abc import Sequence
 from itertools import chain
 from operator import attrgetter
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from ..core.autograd import has_tangent, transforming
-from ..kernels import CodedSegment
+from ..kernels import CodedSegment, Part
 from . import rows
 from .codes import QuantizedBlock, decode_keys, decode_values
 
@@ -43,7 +43,7 @@ def segment(
     R: int,
     D: int,
     bits: int,
-) -> CodedSegment | None:
+) -> Part | None:
     """Blocks of one layer, for tokens at these positions, counted from the first of their rows.
 
     None where the operator does not read them: many tokens, autograd, transforms, compilers.
@@ -60,8 +60,9 @@ def segment(
     def decode() -> tuple[Tensor, Tensor, Any]:
         keys, values = decoded(k, v, layer, R, D)
         found = rows.read(keys, values, positions, window, stop=n)
-        return tuple(found[0]) if found else (keys[:, :0], values[:, :0], ())
+        return found[0] if found else Part(keys[:, :0], values[:, :0])
 
     each = [0] * len(positions)
     each = each if window is None else (positions - (window - 1)).clamp(0, n).tolist()
-    return CodedSegment(codes, layer, R, bits, [(begin, n) for begin in each], decode)
+    coded = CodedSegment(codes, layer, R, bits, [(begin, n) for begin in each], decode)
+    return cast(Part, coded)  # which has its fields

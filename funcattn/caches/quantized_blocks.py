@@ -25,7 +25,7 @@ from torch import Tensor
 from ..core import errors
 from ..core.autograd import differentiated
 from ..core.doors import made
-from ..kernels import CodedSegment, Part, coded
+from ..kernels import Part, coded
 from ..records import record
 from . import coded_rows, display, rows
 from .codes import QuantizedBlock, bits_of, encode_keys, encode_values
@@ -74,7 +74,7 @@ class QuantizedCache(NamedTuple):
         dtype: torch.dtype | None = None,
         value_size: int | None = None,
     ) -> "QuantizedCache":
-        """Room for `size` tokens at least, 8 bits in blocks of 64; `quantized` sets others."""
+        """Room for `size` tokens at least, 8 bits in blocks of 128; `quantized` sets others."""
         return quantized().empty(layers, heads, size, head_size, dtype, value_size)
 
 
@@ -94,11 +94,11 @@ class quantized:
         >>> import funcattn as fa
         >>> cache = fa.decoder(fa.Config()).cache(200, kind=quantized(bits=4))
         >>> cache.k[0].codes.shape, cache.tail_k.shape, cache.first_k.shape
-        (torch.Size([2, 2, 16, 32]), torch.Size([2, 2, 192, 16]), torch.Size([2, 2, 4, 16]))
+        (torch.Size([2, 2, 16, 64]), torch.Size([2, 2, 256, 16]), torch.Size([2, 2, 4, 16]))
     """
 
     bits: int = 8
-    block: int = 64
+    block: int = 128
     recent: int = 128
     sinks: int = 4
 
@@ -154,7 +154,7 @@ def _(cache: QuantizedCache) -> tuple[int, int, int]:
 @past.register
 def _(
     cache: QuantizedCache, layer: int, positions: Tensor, window: int | None = None
-) -> list[Part | CodedSegment]:
+) -> list[Part]:
     R, n = _block(cache), len(cache.k)
     known = errors.integer(cache.length)
     length = cache.length if known is None else known

@@ -25,6 +25,6 @@ def parts_of(cache: KVCache) -> tuple[list[Cache], Codes]:
         before, codes = parts_of(cache.prefix)
         return before + parts_of(cache.tail)[0], codes
     if isinstance(cache, QuantizedCache):
-        dense, *codes = caches.rows_and_codes(cache)
-        return dense, Codes(*codes)
+        dense, tensors, rows, bits = caches.rows_and_codes(cache)
+        return dense, Codes(tensors, rows, bits)
     return [cast(Cache, cache)], NO_CODES

@@ -35,7 +35,7 @@ TOKENS = fa.random.randint(fa.key(1), (300,), 0, 48)
 
 def remembering(n, config=CONFIG, **options):
     model = fa.decoder(config)
-    kind = quantized(**{"recent": 20, **options})
+    kind = quantized(**{"block": 64, "recent": 20, **options})
     return model.apply(PARAMS, TOKENS[:n], model.cache(330, kind=kind))[1]
 
 
