@@ -19,8 +19,9 @@ from .hf.folder import weight_files
 from .hf.weights import Contents, check_types, contents, entries, names_in
 from .regular_files import read_json
 from .sources import locate
+from .tokenizer import declared
 
-TOKENIZERS = ("tokenizer.json", "tokenizer.model", "tekken.json", "vocab.json", "vocab.txt")
+TOKENIZERS = ("tokenizer.json", *declared.OTHERS)
 
 
 class Survey(NamedTuple):
@@ -36,6 +37,7 @@ class Survey(NamedTuple):
     unknown: tuple[str, ...]  # names that no leaf is made of
     types: tuple[tuple[str, int], ...]  # type of tensors -> how many
     tokenizer: tuple[str, ...]  # files of a tokenizer
+    codes: str = ""  # the method of matrices in codes, and how many; "" where all are floats
 
 
 def survey(path_or_name: str | Path) -> Survey:
@@ -62,6 +64,8 @@ def survey(path_or_name: str | Path) -> Survey:
 def _of_folder(folder: Path) -> Survey:
     tokenizer = tuple(name for name in TOKENIZERS if (folder / name).is_file())
     seen = Survey("a folder", "", None, "", (), (), (), (), (), tokenizer)
+    if tokenizer and not (folder / "config.json").exists():
+        seen = seen._replace(kind="a folder of a tokenizer, without a model")
     try:
         found = read_json(folder / "config.json")
         seen = seen._replace(family=str(found.get("model_type", "")))
@@ -128,8 +132,11 @@ def _matched(
     wrong = [x for x in wanted if x in shapes and shapes[x] != wanted[x]]
     why = ""
     if missing or extra or wrong:
-        why = f"{len(missing)} tensors are missing, {len(extra)} unknown"
-        why += f", {len(wrong)} of another shape, such as {wrong[0]}" if wrong else ""
+        lists = {"missing": missing, "unknown": extra, "of another shape": wrong}
+        told = [f"{len(names)} {kind}" for kind, names in lists.items() if names]
+        why = f"of the tensors that config.json asks for: {', '.join(told)}"
+        why += f", such as {wrong[0]}" if wrong else ""
+    count, method = (len(kinds), compressed.METHOD) if coded is None else _method(coded)
     read = {held.places[x][1] for x in (*floats, *of_records, *of_codes) if x in held.places}
     unknown = {held.places[found[x]][1] for x in extra if found[x] in held.places}
     return seen._replace(
@@ -139,7 +146,12 @@ def _matched(
         left_out=tuple(sorted(left_out | {held.places[x][1] for x in harmless})),
         missing=tuple(missing),
         unknown=tuple(sorted(unknown)),
+        codes=f"{method}, {count} {'matrix' if count == 1 else 'matrices'}" if count else "",
     )
+
+
+def _method(coded: quantized.Quantized) -> tuple[int, str]:
+    return len(coded.matrices), coded.method
 
 
 def _of_gguf(path: Path) -> Survey:

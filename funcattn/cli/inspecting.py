@@ -21,6 +21,8 @@ SHOWN = 8  # names of a list
 
 def add_options(command: argparse.ArgumentParser) -> None:
     """Options of the command."""
+    help = "the same as --model"
+    command.add_argument("model", nargs="?", default=argparse.SUPPRESS, help=help)
     help = "show the processor, and the kernels and operators that it has, instead of a model"
     command.add_argument("--machine", action="store_true", help=help)
     help = "show what is read of the model's files, what not and why, without reading weights"
@@ -86,6 +88,7 @@ def _survey(model: str) -> int:
         print(f"\nwhy not\n  {printable(found.why_not)}")
     print("\ntensors")
     print(f"  {'types':<14} {', '.join(f'{n} {kind}' for kind, n in found.types) or 'none'}")
+    print(f"  {'in codes':<14} {printable(found.codes) or 'none'}")
     for name, names in (
         ("read", found.read),
         ("left out", found.left_out),

@@ -62,7 +62,7 @@ def a_field_that_config_cannot_say(folder):
 
 def tensors_that_are_missing(folder):
     retensored(folder, lambda x: {k: v for k, v in x.items() if "norm" not in k} | {"a.b": ones(1)})
-    return "5 tensors are missing, 1 unknown"
+    return "5 missing, 1 unknown"
 
 
 def ones(n):
@@ -105,6 +105,35 @@ def test_what_is_refused_is_surveyed_with_the_reason_and_does_not_load(spoil, fo
         fa.load(folder)
     assert main(["inspect", "--files", "--model", str(folder)]) == 1
     assert wanted in capsys.readouterr().out
+
+
+def a_tokenizer_alone(folder):
+    (folder / "config.json").unlink()
+    (folder / "model.safetensors").unlink()
+    (folder / "vocab.txt").write_text("[UNK]")
+    return "a folder of a tokenizer, without a model", "vocab.txt"
+
+
+def quantized():
+    return fa.quantize(fa.int8, r".*\.q")(fa.decoder(CONFIG).init(fa.key(0)))
+
+
+def matrices_in_codes(folder):
+    fa.save(folder, CONFIG, quantized())
+    return ("funcattn, 2 matrices",)
+
+
+def matrices_of_another_tool(folder):
+    fa.save(folder, CONFIG, quantized(), format="compressed-tensors")
+    return ("compressed-tensors, 2 matrices",)
+
+
+@pytest.mark.parametrize("make", [a_tokenizer_alone, matrices_in_codes, matrices_of_another_tool])
+def test_a_path_without_an_option_says_what_it_holds(make, folder, capsys):
+    wanted = make(folder)
+    main(["inspect", "--files", str(folder)])
+    told = capsys.readouterr().out
+    assert all(words in told for words in wanted)
 
 
 def test_a_gguf_file_is_surveyed_by_its_header(tmp_path):
