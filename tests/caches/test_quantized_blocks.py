@@ -305,7 +305,7 @@ def test_int8_changes_at_most_one_choice_of_192_where_all_is_coded(smollm2):
         prompt = torch.tensor(tokenizer.encode(text))
         wanted, _ = fa.generate(fa.key(0), model, params, prompt, steps=64)
         logits, past = model.apply(
-            params, prompt, model.cache(80, kind=quantized(bits=8, block=16, recent=0, sinks=0))
+            params, prompt, model.cache(80, kind=quantized(bits=8, block=16, recent=0))
         )
         for token in wanted:
             changed += int(logits[-1].argmax() != token)
