@@ -247,7 +247,7 @@ def test_a_decoder_runs_on_the_record_of_a_user():
             ValueError,
             "'silu', 'gelu', 'gelu_tanh', 'relu', 'relu2', 'quick_gelu', got 'swish'",
         ),
-        (lambda: RopeScaling("ntk"), ValueError, "'llama3', 'longrope', got 'ntk'"),
+        (lambda: RopeScaling("ntk"), ValueError, "'llama3', 'longrope', 'proportional', got 'ntk'"),
     ],
 )
 def test_bad_input_is_an_error_with_its_remedy(wrong, kind, message):

@@ -114,7 +114,7 @@ def test_features_beyond_the_rotation_stay_as_they_are():
     [
         (
             lambda: RopeScaling("ntk"),
-            "kind should be one of 'linear', 'dynamic', 'yarn', 'llama3', 'longrope', got 'ntk'",
+            "kind should be one of 'linear', 'dynamic', 'yarn', 'llama3', 'longrope', 'proportional', got 'ntk'",
         ),
         (
             lambda: RopeScaling("longrope"),
