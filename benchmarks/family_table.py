@@ -109,6 +109,8 @@ ARCHITECTURES = {  # of GGUF, whose name is not that of the family
     "command-r": ("cohere",),
     "deepseek2": ("deepseek_v2", "deepseek_v3"),
     "gemma3": ("gemma3_text",),
+    "gemma3n": ("gemma3n_text",),
+    "gemma4": ("gemma4_text", "gemma4_unified_text"),
     "olmo2": ("olmo2", "olmo3"),
 }
 

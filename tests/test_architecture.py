@@ -133,7 +133,7 @@ TESTED_BY = {
     "gpt_variants granite granite_mixtures kimi laguna latent_layouts latent_variants layer_norms llama llama4 "
     "llama_variants mambas mimo mixture_variants mixtures nemotron_hybrids olmo router_variants short_convolutions "
     "sigmoid_mixtures towers",
-    "gguf_families": "checkpoints.families: architectures gguf_tensors latent_gguf",
+    "gguf_families": "checkpoints.families: architectures gemma_gguf gguf_tensors latent_gguf",
     "kernels.closed.flash": "kernels.closed: algebra functions log_sum_exp operators specs; "
     "kernels.backends: aten",
     "kernels.backends.triton.triton": "kernels.backends.triton: "

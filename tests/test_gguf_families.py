@@ -18,6 +18,7 @@ from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
 import funcattn as fa
 from funcattn.checkpoints import CheckpointError
+from funcattn.checkpoints.surveying import survey
 
 V, E, T = 300, 256, 40  # as many tokens as the sample tokenizer has; as wide as a K block
 SMALL = {
@@ -614,6 +615,87 @@ OTHERS = {
         {"rope.dimension_count": 4, "use_parallel_residual": False},
     ),
 }
+# Gemma 3n and 4: the converter says of each layer what differs, and 3n's low rank is always 64.
+SIX = {"layer_types": ["sliding_attention", "full_attention"] * 3, "num_hidden_layers": 6}
+SIX |= {"head_dim": D2, "num_key_value_heads": K2, **LOCAL, "num_kv_shared_layers": 2}
+SIX |= {"hidden_size_per_layer_input": 4, "vocab_size_per_layer_input": V}
+SIX_FIELDS = {**WINDOW, "attention.sliding_window_pattern": [True, False] * 3}
+SIX_FIELDS |= {"rope.freq_base": 1e6, "rope.freq_base_swa": 500.0}
+SIX_FIELDS |= {"embedding_length_per_layer_input": 4, "attention.shared_kv_layers": 2}
+BASES = lambda **full: {
+    "rope_parameters": {
+        "full_attention": {"rope_type": "default", "rope_theta": 1e6, **full},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 500.0},
+    }
+}
+FAR = BASES(rope_type="proportional", partial_rotary_factor=0.25)
+FAR |= {"global_head_dim": 16, "num_global_key_value_heads": 1}
+FAR_FIELDS = {**KEYS(16), "rope.dimension_count": 16, "rope.dimension_count_swa": D2}
+FAR_FIELDS |= {"attention.key_length_swa": D2, "attention.value_length_swa": D2}
+OTHERS |= {
+    "gemma3n": (
+        "gemma3n",
+        "gemma3n_text",
+        {
+            **SIX,
+            **BASES(),
+            "laurel_rank": 64,
+            "altup_active_idx": 1,
+            "intermediate_size": [F2, F2, 48, 48, F2, F2],
+            "activation_sparsity_pattern": [0.95, 0.8, 0.0, 0.0, 0.0, 0.0],
+            "final_logit_softcapping": 2.0,
+        },
+        {
+            **SIX_FIELDS,
+            **KEYS(D2),
+            "feed_forward_length": [F2, F2, 48, 48, F2, F2],
+            # norm.ppf(0.95) and norm.ppf(0.8) of scipy, rounded to float32
+            "activation_sparsity_scale": [1.6448536, 0.84162122, *[-np.inf] * 4],
+            "altup.num_inputs": 4,
+            "altup.active_idx": 1,
+            "final_logit_softcapping": 2.0,
+        },
+    ),
+    "gemma4": (
+        "gemma4",
+        "gemma4_text",
+        {**SIX, **FAR, "use_double_wide_mlp": True},
+        {**SIX_FIELDS, **FAR_FIELDS, "feed_forward_length": [*[F2] * 4, *[2 * F2] * 2]},
+    ),
+    "gemma4-experts": (
+        "gemma4",
+        "gemma4_text",
+        {
+            **SIX,
+            **FAR,
+            "num_kv_shared_layers": 0,
+            "hidden_size_per_layer_input": 0,
+            "attention_k_eq_v": True,
+            "enable_moe_block": True,
+            "num_experts": 4,
+            "top_k_experts": 2,
+            "moe_intermediate_size": 24,
+            "final_logit_softcapping": 2.0,
+        },
+        {
+            **SIX_FIELDS,
+            **FAR_FIELDS,
+            **EXPERT_FIELDS,
+            "attention.shared_kv_layers": 0,
+            "attention.head_count_kv": [K2, 1] * 3,
+            "embedding_length_per_layer_input": 0,
+            "expert_feed_forward_length": 24,
+            "final_logit_softcapping": 2.0,
+        },
+    ),
+}
+PER_LAYER = ("hidden_size_per_layer_input", "vocab_size_per_layer_input")
+OTHERS["gemma4-unified"] = (
+    "gemma4",
+    "gemma4_unified_text",
+    {key: value for key, value in {**SIX, **FAR}.items() if key not in PER_LAYER},
+    {**SIX_FIELDS, **FAR_FIELDS, "embedding_length_per_layer_input": 0},
+)
 TURNED = ("llama", "granite", "granitemoe", "smollm3")  # the classes after LlamaModel
 
 
@@ -626,7 +708,7 @@ def little(name):
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config).eval()
     with torch.no_grad():
-        for parameter in (*model.parameters(), *(x for _, x in corrections(model))):
+        for parameter in (*model.parameters(), *(x for _, x in buffers(model))):
             parameter.add_(torch.randn_like(parameter) * 0.05)
     return model
 
@@ -664,6 +746,8 @@ def as_converted(architecture, config, name, weight):
         kind = "bias" if name.endswith("_bias") else "weight"
         stem = name.partition("down_proj")[0]
         return [(f"{stem}down_proj.{kind}", weight if kind == "bias" else weight.swapaxes(1, 2))]
+    if architecture in ("gemma3n", "gemma4"):
+        return as_gemma(config, name, weight)
     if name.endswith("experts.gate_up_proj"):
         parts = np.split(weight, 2, 1)
         stem = name.removesuffix("gate_up_proj")
@@ -680,15 +764,40 @@ def as_converted(architecture, config, name, weight):
     return [(name, weight)]
 
 
-def corrections(model):
-    """What routers add for the choice of experts, by the names that the converter gives them."""
-    bias = "correction_bias"
-    found = [(name, x) for name, x in model.named_buffers() if name.endswith(bias)]
+def as_gemma(config, name, weight):
+    """Gemma3NModel and Gemma4Model of conversion/gemma.py: no tensor is changed; those of experts
+    and scales have no suffix of their own in the original.
+    """
+    block = name.split(".")[2]
+    if name.endswith("router.scale"):
+        return [(f"blk.{block}.ffn_gate_inp.scale", weight)]
+    if name.endswith("router.per_expert_scale"):
+        return [(f"blk.{block}.ffn_down_exps.scale", weight)]
+    if name.endswith(("_scale", "layer_scalar")) or ".experts." in name:
+        return [(f"{name}.weight", weight)]
+    return [(name, weight)]
+
+
+def rope_freqs():
+    """Gemma4Model.generate_extra_tensors."""
+    size, share = FAR["global_head_dim"], FAR["rope_parameters"]["full_attention"]
+    turning = int(size * share["partial_rotary_factor"] / 2)
+    return np.array([1.0] * turning + [1e30] * (size // 2 - turning), np.float32)
+
+
+def buffers(model):
+    """What routers add for the choice of experts, by the names that the converter gives them, and
+    what Gemma 4 multiplies layers by.
+    """
+    bias, known = "correction_bias", ("correction_bias", "layer_scalar")
+    found = [(name, x) for name, x in model.named_buffers() if name.endswith(known)]
     return [(name.replace(bias, "correction.bias"), x) for name, x in found]
 
 
-def write_other(path, name, model, kind="F32"):
-    """The GGUF file of a model of OTHERS, its matrices in blocks of a kind, with no tokenizer."""
+def write_other(path, name, model, kind="F32", extra=()):
+    """The GGUF file of a model of OTHERS, its matrices in blocks of a kind, with no tokenizer; and
+    `extra` tensors.
+    """
     blocks = kind
     architecture, kind, more, fields = OTHERS[name]
     config = model.config
@@ -725,10 +834,14 @@ def write_other(path, name, model, kind="F32"):
     number = next(key for key, value in gguf.MODEL_ARCH_NAMES.items() if value == architecture)
     names = gguf.get_tensor_name_map(number, layers)
     heads = {}  # the layer norms of each head, which stablelm's converter joins
-    for original_name, parameter in [*model.named_parameters(), *corrections(model)]:
+    streams = {}  # the projections into and out of streams, which that of Gemma 3n stacks
+    for original_name, parameter in [*model.named_parameters(), *buffers(model)]:
         weight = parameter.detach().cpu().numpy()
         if ".norms." in original_name:
             heads.setdefault(original_name.partition(".norms.")[0] + ".weight", []).append(weight)
+            continue
+        if "altup_" in original_name:
+            streams.setdefault(original_name.split(".")[1], []).append(weight)
             continue
         for changed, part in as_converted(architecture, config, original_name, weight):
             base, suffix = changed.rsplit(".", 1)
@@ -743,6 +856,12 @@ def write_other(path, name, model, kind="F32"):
         writer.add_tensor(
             f"{names.get_name(joined.removesuffix('.weight'))}.weight", np.stack(parts)
         )
+    for joined, parts in streams.items():
+        writer.add_tensor(f"{names.get_name(f'model.{joined}')}.weight", np.stack(parts))
+    for name_of_other in extra:
+        writer.add_tensor(name_of_other, np.ones((2, 2), np.float32))
+    if architecture == "gemma4":
+        writer.add_tensor("rope_freqs.weight", rope_freqs())
     if name == "phi3-longrope":
         for kind in ("short", "long"):
             writer.add_tensor(
@@ -761,6 +880,8 @@ def test_logits_of_the_other_architectures_are_those_of_the_original(tmp_path, n
     loaded = load(write_other(tmp_path / "a.gguf", name, model))
     assert loaded.tokenizer is None
     agree(logits_here(loaded), theirs(model))
+    if name.startswith("gemma"):
+        assert loaded.config == fa.families.read_config(model.config.to_dict())
 
 
 @pytest.mark.parametrize("kind", ["Q4_0", "Q4_1", "Q8_0"])
@@ -800,6 +921,97 @@ def test_sizes_of_latents_that_contradict_each_other_are_refused(name, key, valu
     assert fa.families.read_metadata(metadata, V, True).latent_size == 32
     with pytest.raises(CheckpointError, match=key.replace("rope.dimension_count", "rotary_size")):
         fa.families.read_metadata({**metadata, f"{architecture}.{key}": value}, V, True)
+
+
+def test_keys_of_layers_that_read_those_of_others_are_left_out(tmp_path):
+    """As in files of published models, which have them; of other layers they are unknown."""
+    extra = {f"blk.{i}.attn_{leaf}.weight" for i in (4, 5) for leaf in ("k", "v", "k_norm")}
+    model = little("gemma3n")
+    plain = load(write_other(tmp_path / "a.gguf", "gemma3n", model))
+    path = write_other(tmp_path / "b.gguf", "gemma3n", model, extra=extra)
+    torch.testing.assert_close(logits_here(load(path)), logits_here(plain), rtol=0, atol=0)
+    found = survey(path)
+    assert set(found.left_out) == extra
+    assert not extra & set(found.read)
+    assert found.config == plain.config
+    with pytest.raises(CheckpointError, match=r"unknown: blk\.6\.attn_k\.weight"):
+        fa.load(write_other(tmp_path / "c.gguf", "gemma3n", model, extra={"blk.6.attn_k.weight"}))
+
+
+def told_by(name):
+    """The metadata of a model of OTHERS, as a reader of the file has them."""
+    architecture, _, _, fields = OTHERS[name]
+    common = {"context_length": 64, "embedding_length": E2, "block_count": 6}
+    common |= {"feed_forward_length": F2, "attention.head_count": H2}
+    common |= {"attention.head_count_kv": K2, "attention.layer_norm_rms_epsilon": 1e-6}
+    told = {
+        key: np.array(x) if isinstance(x, list) else x for key, x in {**common, **fields}.items()
+    }
+    return architecture, told
+
+
+FREQUENCIES = torch.tensor([1.0, 1.0, *[1e30] * 6])
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "value"),
+    [
+        ("gemma3n", "activation_sparsity_scale", np.array([np.nan] * 6)),
+        ("gemma3n", "activation_sparsity_scale", np.array([1.0] * 5)),
+        ("gemma3n", "activation_sparsity_scale", None),
+        ("gemma3n", "feed_forward_length", np.array([64] * 5)),
+        ("gemma3n", "feed_forward_length", np.array([64.0] * 6)),
+        ("gemma3n", "feed_forward_length", np.array([64] * 5 + [0])),
+        ("gemma3n", "attention.shared_kv_layers", 1.5),
+        ("gemma3n", "attention.head_count_kv", np.array([2] * 6)),
+        ("gemma3n", "attention.key_length_swa", 16),
+        ("gemma3n", "laurel_rank", 32),
+        ("gemma4", "attention.head_count_kv", np.array([2, 1, 2, 2, 2, 1])),
+        ("gemma4", "attention.sliding_window_pattern", 2),
+        ("gemma4", "attention.sliding_window_pattern", None),
+        ("gemma4", "attention.key_length_swa", None),
+        ("gemma4", "attention.value_length_swa", 16),
+        ("gemma4", "rope.dimension_count_swa", 4),
+        ("gemma4", "rope.dimension_count", 8),
+        ("gemma4", "rope.scaling.factor", 8.0),
+        ("gemma4-experts", "expert_feed_forward_length", None),
+        ("gemma4-experts", "expert_gating_func", 2),
+    ],
+)
+def test_a_field_of_gemma_that_cannot_be_meant_is_refused(name, key, value):
+    architecture, told = told_by(name)
+    read = lambda fields: fa.families.read_metadata(
+        {
+            "general.architecture": architecture,
+            **{f"{architecture}.{at}": x for at, x in fields.items() if x is not None},
+        },
+        V,
+        True,
+        FREQUENCIES if architecture == "gemma4" else None,
+    )
+    assert read(told).window_layers == (True, False) * 3
+    place = key.replace("scaling.factor", "scaling.type")
+    with pytest.raises(CheckpointError, match=f"load: .*{place} should be"):
+        read({**told, key: value})
+
+
+@pytest.mark.parametrize("factors", [None, [1.0] * 7, [1.0, 2.0, *[1e30] * 6], [1e30] * 8])
+def test_factors_that_are_not_of_whole_planes_are_refused(factors):
+    architecture, told = told_by("gemma4")
+    metadata = {f"{architecture}.{at}": x for at, x in told.items()}
+    table = None if factors is None else torch.tensor(factors)
+    with pytest.raises(CheckpointError, match=r"rope_freqs\.weight should be"):
+        fa.families.read_metadata(
+            {"general.architecture": architecture, **metadata}, V, True, table
+        )
+
+
+def test_a_number_of_layers_may_be_a_whole_float():
+    """Of layers that share keys, as the first files of Gemma 3n have it."""
+    _, told = told_by("gemma3n")
+    metadata = {f"gemma3n.{at}": x for at, x in told.items()}
+    metadata |= {"general.architecture": "gemma3n", "gemma3n.attention.shared_kv_layers": 2.0}
+    assert fa.families.read_metadata(metadata, V, True).shared_layers == 2
 
 
 def test_every_architecture_has_an_original():

@@ -164,6 +164,8 @@ def _of_gguf(path: Path) -> Survey:
         empty = empty._replace(family=name, types=tuple(kinds.items()), tokenizer=has)
         names = tuple(stored)
         config, _ = read_layout(path, metadata, stored)
+        unused = families.GGUF[name].unused(config)
     except (CheckpointError, FileNotFoundError) as error:
         return empty._replace(why_not=str(error))
-    return empty._replace(read=names, config=config)
+    read, left_out = (tuple(x for x in names if (x in unused) is out) for out in (False, True))
+    return empty._replace(read=read, left_out=left_out, config=config)

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from ...transformer import Config
 from .gguf_tensors import BETWEEN, EXPERTS, GATE_UP, SHARED_ROUTER, TENSORS, qkv
 from .tables import Fields, Json, Pack, refuse
 
@@ -34,6 +35,9 @@ class Gguf:
     partial: whether a part of each head may turn.
     truncated: whether the bounds of yarn's ramp are whole numbers.
     prepare: (fields) -> what Config has, read before the sizes, whose fields it may replace.
+    arrays: fields that may have a value for each layer, which `read` or `prepare` checks.
+    proportional: whether `rope_freqs.weight` says which planes of layers without a window turn.
+    unused: a Config -> names of tensors that files may have beside those of its leaves.
     other: a tensor, and how files that have it are spelled.
     """
 
@@ -47,6 +51,9 @@ class Gguf:
     partial: bool = False
     truncated: bool = True
     prepare: Callable[[Fields], dict[str, Json]] = lambda fields: {}
+    arrays: tuple[str, ...] = ("attention.sliding_window_pattern",)
+    proportional: bool = False
+    unused: Callable[[Config], frozenset[str]] = lambda config: frozenset()
     other: "tuple[str, Gguf] | None" = None
 
     def spelling(self, tensors: Collection[str]) -> "Gguf":
@@ -80,7 +87,7 @@ def _read_experts(
     }
 
 
-def _read_windows(
+def read_pattern(
     fields: Fields, layers: int, every: int | None = None, usual: int | None = None
 ) -> dict[str, Json]:
     """window and window_layers.
@@ -149,7 +156,7 @@ def _olmo2(fields: Fields, sizes: dict[str, Json], tensors: Collection[str]) -> 
     """Olmo 2 and 3; the layers of 3 with a window turn without scaling."""
     windows = {}
     if fields.says("attention.sliding_window"):
-        windows = _read_windows(fields, sizes["layers"], 4)
+        windows = read_pattern(fields, sizes["layers"], 4)
     return {
         "norm_placement": "after",
         "head_norm": "rms_width",
@@ -182,13 +189,13 @@ def _gemma2(fields: Fields, sizes: dict[str, Json], tensors: Collection[str]) ->
         **_around(sizes, largest=46),
         "attention_cap": fields.positive("attn_logit_softcapping", 50.0),
         "logit_cap": fields.positive("final_logit_softcapping", 30.0),
-        **_read_windows(fields, sizes["layers"], 2, 4096),
+        **read_pattern(fields, sizes["layers"], 2, 4096),
     }
 
 
 def _gemma3(fields: Fields, sizes: dict[str, Json], tensors: Collection[str]) -> dict[str, Json]:
     windows, local = (
-        _read_windows(fields, sizes["layers"], 6),
+        read_pattern(fields, sizes["layers"], 6),
         fields.positive("rope.freq_base_swa", 10000.0),
     )
     return {
@@ -203,7 +210,7 @@ def _gemma3(fields: Fields, sizes: dict[str, Json], tensors: Collection[str]) ->
 def _gpt_oss(fields: Fields, sizes: dict[str, Json], tensors: Collection[str]) -> dict[str, Json]:
     return {
         **_read_experts(fields, sizes),
-        **_read_windows(fields, sizes["layers"], 2, 128),
+        **read_pattern(fields, sizes["layers"], 2, 128),
         "activation": "quick_gelu",
         "activation_limit": 7.0,
         "qkv_bias": True,
@@ -280,7 +287,7 @@ def _command_r(fields: Fields, sizes: dict[str, Json], tensors: Collection[str])
 
 def _cohere2(fields: Fields, sizes: dict[str, Json], tensors: Collection[str]) -> dict[str, Json]:
     """Layers without a window do not turn."""
-    windows = _read_windows(fields, sizes["layers"], 4)
+    windows = read_pattern(fields, sizes["layers"], 4)
     return {
         **_command_r(fields, sizes, tensors),
         **windows,

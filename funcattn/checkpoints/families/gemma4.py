@@ -57,7 +57,7 @@ def unused(config: Config) -> frozenset[str]:
     return frozenset(found if config.stream_scale else found | scales)
 
 
-def _count(fields: Fields, name: str, default: int) -> int:
+def read_count(fields: Fields, name: str, default: int) -> int:
     """A size that may be 0."""
     given = fields.get(name, default)
     return 0 if given == 0 and not isinstance(given, bool) else fields.whole(name, default)
@@ -86,8 +86,8 @@ def _read_common(
 
 def _read_inputs(fields: Fields, P: int, vocabulary: int) -> dict[str, Json]:
     """Per-layer embeddings; P where the file does not say how many features."""
-    size = _count(fields, "hidden_size_per_layer_input", P)
-    rows = _count(fields, "vocab_size_per_layer_input", vocabulary)
+    size = read_count(fields, "hidden_size_per_layer_input", P)
+    rows = read_count(fields, "vocab_size_per_layer_input", vocabulary)
     return {"layer_embedding_size": size, "layer_vocabulary": rows if size else 0}
 
 
@@ -116,13 +116,13 @@ def _read_gemma3n(fields: Fields) -> dict[str, Json]:
     pattern = pattern or [0.95 * (i < 10 < layers) for i in range(layers)]
     if len(pattern) != layers or not all(type(x) in (int, float) and 0 <= x < 1 for x in pattern):
         refuse(fields.place("activation_sparsity_pattern"), f"{layers} shares below 1", pattern)
-    streams, active = fields.whole("altup_num_inputs", 4), _count(fields, "altup_active_idx", 0)
+    streams, active = fields.whole("altup_num_inputs", 4), read_count(fields, "altup_active_idx", 0)
     fields.get("altup_coef_clip")  # of training
     return {
         **common,
         **_read_inputs(fields, 256, 262144),
         "logit_cap": read_cap(fields, "final_logit_softcapping", 30.0),
-        "shared_layers": _count(fields, "num_kv_shared_layers", 15),
+        "shared_layers": read_count(fields, "num_kv_shared_layers", 15),
         "feed_forward_sizes": () if len({*sizes}) == 1 else tuple(sizes),
         "sparsities": tuple(map(float, pattern)) if any(pattern) else (),
         "streams": streams,
@@ -191,7 +191,7 @@ def _read_gemma4(fields: Fields, *, unified: bool = False) -> dict[str, Json]:
     layers, F = common["layers"], common["feed_forward"]
     if common["window"] is not None and (common["window_layers"] or (True,))[-1]:
         refuse(fields.place("layer_types"), "full_attention in the last layer", "a window")
-    shared = _count(fields, "num_kv_shared_layers", 0)
+    shared = read_count(fields, "num_kv_shared_layers", 0)
     wide = fields.flag("use_double_wide_mlp", False) and shared > 0
     mixture = not unified and fields.flag("enable_moe_block", False)
     experts: dict[str, Json] = {}

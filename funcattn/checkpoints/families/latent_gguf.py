@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ...transformer import Config
 from .architectures import GGUF, Gguf
+from .gemma_gguf import GEMMAS
 from .gguf_tensors import EXPERTS, TENSORS
 from .latent_layouts import keys_and_values, neighbours
 from .tables import Fields, Json, Pack, refuse
@@ -126,6 +127,7 @@ _of_file = lambda packs, other: Gguf(
 )
 ARCHITECTURES = {
     **GGUF,
+    **GEMMAS,
     "deepseek2": _of_file(
         (keys_and_values("blk.{}.attn_kv_b.weight"),), (SPLIT, _of_file(TWO, None))
     ),

@@ -69,7 +69,6 @@ IGNORED = {
     *("vocab_size", "tensor_data_layout"),
     *("rope.scaling.original_context_length", "rope.scaling.finetuned"),
 }
-ARRAYS = {"attention.sliding_window_pattern"}  # of one value a layer
 
 
 def read_metadata(
@@ -91,7 +90,7 @@ def read_metadata(
         vocabulary: rows of the embedding; the metadata need not say.
         tied: whether the file has no head of its own.
         stretch: (D / 2,), the tensor `rope_freqs.weight`, or None. It is kept only if it is that of
-            a llama3 RopeScaling.
+            a llama3 RopeScaling, or of a proportional one where the architecture has these.
         factors: the tensors `rope_factors_short.weight` and `rope_factors_long.weight`, or None.
         tensors: the names of the tensors of the file: biases and norms that an architecture may
             have are those that are there.
@@ -104,12 +103,13 @@ def read_metadata(
         key.removeprefix(prefix): value for key, value in metadata.items() if key.startswith(prefix)
     }
     for key, value in values.items():
-        kinds = str | int | float | np.ndarray if key in ARRAYS else str | int | float
+        kinds = str | int | float | np.ndarray if key in family.arrays else str | int | float
         if not isinstance(value, kinds):
             refuse(prefix + key, "one value for all layers", "an array")
     fields = Fields(values, prefix + "{}")
     ahead = family.prepare(fields)
-    sizes = {**_read_sizes(fields), "rope_base": fields.positive("rope.freq_base", family.base)}
+    sizes = {"vocabulary": vocabulary, **_read_sizes(fields)}
+    sizes["rope_base"] = fields.positive("rope.freq_base", family.base)
     rotary = _read_rotary_size(fields, sizes["head_size"], family.partial)
     sizes["rope_scaling"] = _read_scaling(fields, sizes["context"], family, factors)
     more = family.read(fields, sizes, tensors)
@@ -120,7 +120,6 @@ def read_metadata(
     for key in left.keys() - IGNORED - NEUTRAL.keys():
         refuse(prefix + key, "absent", left[key])
     config = configure(
-        vocabulary=vocabulary,
         **sizes,
         rotary_size=rotary,
         norm_epsilon=epsilon,
@@ -128,6 +127,8 @@ def read_metadata(
         **ahead,
         **more,
     )
+    if family.proportional and (config.window is None or config.window_layers):
+        return _proportional(config, stretch)
     return config if stretch is None else _stretched(config, stretch)
 
 
@@ -220,3 +221,18 @@ def _stretched(config: Config, stretch: Tensor) -> Config:
         "the factors of Llama 3 with low 1, high 4 and 8192 positions",
         f"{tuple(stretch.shape)} other numbers",
     )
+
+
+def _proportional(config: Config, stretch: Tensor | None) -> Config:
+    """The planes that turn are divided by 1, and come before the others, which are by 1e30."""
+    D, turning = config.head_size, 0 if stretch is None else int((stretch == 1).sum())
+    wanted = torch.tensor([1.0] * turning + [1e30] * (D // 2 - turning))
+    if stretch is None or not turning or not torch.equal(stretch.float().cpu(), wanted):
+        got = "none" if stretch is None else f"{tuple(stretch.shape)} other numbers"
+        refuse(STRETCH, f"({D // 2},), 1 for planes that turn, then 1e30", got)
+    # of all pairs; where a quotient is rounded down, half a pair more is the same number of pairs
+    shares = 2 * turning / D, (2 * turning + 1) / D
+    share = next(x for x in shares if int(x * D // 2) == turning)
+    if config.rope_scaling is not None:
+        refuse("rope.scaling.type", f"none beside {STRETCH}", config.rope_scaling.kind)
+    return replace(config, rope_scaling=RopeScaling("proportional", share=share))

@@ -127,9 +127,10 @@ def read_layout(
         factors=None if short is None or long is None else (short, long),
         tensors=stored.keys(),
     )
-    family = families.GGUF[metadata["general.architecture"]].spelling(stored.keys())
-    sources = families.locate_tensors(family, config)
-    shapes = {name: entry.shape for name, (_, entry) in stored.items()}
+    family = families.GGUF[metadata["general.architecture"]]
+    sources = families.locate_tensors(family.spelling(stored.keys()), config)
+    unused = family.unused(config)
+    shapes = {name: entry.shape for name, (_, entry) in stored.items() if name not in unused}
     families.match(families.wanted(config, sources), shapes, path.name)
     return config, sources
 
