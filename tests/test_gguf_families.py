@@ -886,7 +886,11 @@ def test_logits_of_the_other_architectures_are_those_of_the_original(tmp_path, n
 
 @pytest.mark.parametrize("kind", ["Q4_0", "Q4_1", "Q8_0"])
 @pytest.mark.parametrize(
-    "name", ["phi3", "gpt2", "gptneox", "command-r", "mixtral", "gpt-oss", "deepseek2-older"]
+    "name",
+    [
+        *("phi3", "gpt2", "gptneox", "command-r", "mixtral", "gpt-oss", "deepseek2-older"),
+        "gemma4-experts",
+    ],
 )
 def test_blocks_that_are_kept_are_the_dequantized_weights(tmp_path, name, kind):
     """Fused, turned and stacked tensors too."""

@@ -1,4 +1,4 @@
-"""A tokenizer from the metadata of a GGUF file: byte-level BPE or SentencePiece."""
+"""A tokenizer from the metadata of a GGUF file: byte-level BPE, SentencePiece, or Gemma 4's."""
 
 from collections.abc import Mapping, Sequence
 
@@ -9,7 +9,7 @@ from tokenizers import AddedToken, decoders, models, normalizers, processors
 from ..families.tables import Json
 from ..gguf import metadata as fields
 from .library import rust_errors
-from .sentencepiece import pieces
+from .sentencepiece import merged, pieces
 from .splits import DIGIT, GPT2, SPLITS, Split, pre_tokenizer
 from .tokenizer import Tokenizer
 from .tokenizer_json import LLAMA3, QWEN2, Bounds
@@ -28,17 +28,17 @@ ROLES = {
 
 def from_metadata(metadata: Mapping[str, Json]) -> Tokenizer | None:
     """A Tokenizer from the metadata of a GGUF file: byte-level BPE with one of the known splits of
-    text, or SentencePiece's. None for a file without a tokenizer.
+    text, or SentencePiece's, whose pairs follow from scores or (Gemma 4) are told. None for a file
+    without a tokenizer.
     """
     if not any(name.startswith("tokenizer.ggml.") for name in metadata):
         return None
     kind_of_model = fields.text(metadata, "tokenizer.ggml.model")
     if kind_of_model in ("none", "no_vocab"):
         return None
-    if kind_of_model not in ("gpt2", "llama"):
-        fields.refuse(
-            "tokenizer.ggml.model", "gpt2 (byte-level BPE) or llama (SentencePiece)", kind_of_model
-        )
+    if kind_of_model not in ("gpt2", "llama", "gemma4"):
+        wanted = "gpt2 (byte-level BPE), llama (SentencePiece) or gemma4"
+        fields.refuse("tokenizer.ggml.model", wanted, kind_of_model)
     tokens = fields.texts(metadata, "tokenizer.ggml.tokens")
     if len(set(tokens)) != len(tokens):
         fields.refuse(
@@ -47,17 +47,21 @@ def from_metadata(metadata: Mapping[str, Json]) -> Tokenizer | None:
     kinds = fields.integers(metadata, "tokenizer.ggml.token_type", len(tokens))
     id_of = lambda name: fields.index(metadata, f"tokenizer.ggml.{name}", len(tokens))
     leading_space = fields.flag(metadata, "tokenizer.ggml.add_space_prefix", True)
+    leading_space &= kind_of_model != "gemma4"  # whatever the file says, as llama.cpp has it
     if kind_of_model == "gpt2":
         backend, split = _byte_level(metadata, tokens)
         first, bounds = split.begins, Bounds(has_patterns=not TRUSTED.issuperset(split.expressions))
     else:
-        scores = fields.floats(metadata, "tokenizer.ggml.scores", len(tokens))
         unknown = id_of("unknown_token_id")
-        with rust_errors("tokenizer.ggml.tokens"):
-            named = None if unknown is None else tokens[unknown]
-            backend = pieces(
-                tokens, scores.tolist(), kinds.tolist(), named, leading_space=leading_space
-            )
+        named = None if unknown is None else tokens[unknown]
+        if kind_of_model == "gemma4":
+            merges = _merges(metadata)
+            with rust_errors("tokenizer.ggml.merges"):
+                backend = merged(tokens, merges, named, leading_space=leading_space)
+        else:
+            scores = fields.floats(metadata, "tokenizer.ggml.scores", len(tokens)).tolist()
+            with rust_errors("tokenizer.ggml.tokens"):
+                backend = pieces(tokens, scores, kinds.tolist(), named, leading_space=leading_space)
         first, bounds = True, Bounds()
     control = set(np.flatnonzero(kinds == CONTROL).tolist())
     ends = ends_of_turns(metadata, tokens, control)
@@ -84,11 +88,9 @@ def from_metadata(metadata: Mapping[str, Json]) -> Tokenizer | None:
         role: tokens[number] for role, name in ROLES.items() if (number := id_of(name)) is not None
     }
     begin = id_of("bos_token_id")
-    if (
-        fields.flag(metadata, "tokenizer.ggml.add_bos_token", first)
-        and begin is not None
-        and tokens[begin]
-    ):
+    begins = fields.flag(metadata, "tokenizer.ggml.add_bos_token", first)
+    # the first files of Gemma 4 say that it does not, which llama.cpp corrects
+    if (begins or kind_of_model == "gemma4") and begin is not None and tokens[begin]:
         # The library reads a piece as name:type, and $A as the text.
         name = tokens[begin] if not set(tokens[begin]) & set(":$") else "the first token"
         known = [{"id": name, "ids": [begin], "tokens": [tokens[begin]]}]
@@ -108,16 +110,21 @@ def _named_templates(metadata: Mapping[str, Json]) -> dict[str, str]:
     return {name: text for name, text in found.items() if name != "default"}
 
 
+def _merges(metadata: Mapping[str, Json]) -> list[tuple[str, str]]:
+    """Pairs of tokens, the first to be joined first."""
+    merges = fields.texts(metadata, "tokenizer.ggml.merges")
+    wrong = [merge for merge in merges if merge.count(" ") != 1]
+    if wrong:
+        fields.refuse("tokenizer.ggml.merges", "pairs of tokens", wrong[0])
+    return [(first, second) for first, _, second in (merge.partition(" ") for merge in merges)]
+
+
 def _byte_level(
     metadata: Mapping[str, Json], tokens: Sequence[str]
 ) -> tuple[tokenizers.Tokenizer, Split]:
     """Byte-level BPE, and how it cuts text."""
     ids = {token: number for number, token in enumerate(tokens)}
-    merges = fields.texts(metadata, "tokenizer.ggml.merges")
-    wrong = [merge for merge in merges if merge.count(" ") != 1]
-    if wrong:
-        fields.refuse("tokenizer.ggml.merges", "pairs of tokens", wrong[0])
-    pairs = [(first, second) for first, _, second in (merge.partition(" ") for merge in merges)]
+    pairs = _merges(metadata)
     name = fields.text(metadata, "tokenizer.ggml.pre")
     if name not in SPLITS:
         fields.refuse("tokenizer.ggml.pre", f"one of {', '.join(SPLITS)}", name)

@@ -91,10 +91,20 @@ def pieces(
         leading_space: whether a space is put before a text, as before any word (Llama 2; Gemma does
             not).
     """
-    ids = {token: number for number, token in enumerate(tokens)}
+    return merged(tokens, ranked_pairs(tokens, scores, kinds), unknown, leading_space=leading_space)
+
+
+def merged(
+    tokens: Sequence[str],
+    merges: list[tuple[str, str]],
+    unknown: str | None,
+    *,
+    leading_space: bool,
+) -> tokenizers.Tokenizer:
+    """The same of pairs that are told, the first to be joined first."""
     model = models.BPE(
-        vocab=ids,
-        merges=ranked_pairs(tokens, scores, kinds),
+        vocab={token: number for number, token in enumerate(tokens)},
+        merges=merges,
         unk_token=unknown,
         fuse_unk=True,
         byte_fallback=True,

@@ -4,6 +4,7 @@ score, the left one first.
 
 import dataclasses
 import itertools
+import re
 import time
 
 import gguf
@@ -12,6 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from samples import CONFIG, metadata, params, write_gguf
+from transformers import GemmaTokenizer
 
 import funcattn as fa
 from funcattn.checkpoints import CheckpointError
@@ -79,6 +81,78 @@ def test_a_text_is_cut_by_the_rule_and_comes_back(text, leading_space):
     ids = backend.encode(text, add_special_tokens=False).ids
     assert ids == by_the_rule(text, leading_space)
     assert backend.decode(ids) == text
+
+
+# Gemma 4: the same with pairs that are told.
+FIRST = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>"]
+MANY = [*FIRST, *BYTES, *WORDS, "\n", "\n\n", "\n\n\n", f"e{SPACE}"]
+CUTS = [(token[:at], token[at:]) for token in reversed(MANY[261:]) for at in range(1, len(token))]
+PAIRS = [cut for cut in CUTS if set(cut) <= set(MANY)]
+
+
+def of_gemma4(**change):
+    fields = {
+        "model": "gemma4",
+        "tokens": MANY,
+        "token_type": np.array([3, 3, 3, 2, 3, *[6] * 256, *[1] * (len(MANY) - 261)], np.int32),
+        "scores": np.zeros(len(MANY), np.float32),
+        "merges": [" ".join(pair) for pair in PAIRS],
+        "bos_token_id": 2,
+        "eos_token_id": 1,
+        "unknown_token_id": 3,
+        "add_space_prefix": False,
+        "add_bos_token": True,
+    }
+    return {
+        f"tokenizer.ggml.{name}": value
+        for name, value in {**fields, **change}.items()
+        if value is not None
+    }
+
+
+def by_llama(text):
+    """Ids as llm_tokenizer_bpe_session of llama.cpp finds them for Gemma 4."""
+    out = []
+    for word in re.findall(r"[^\n]+|\n+", text.replace(" ", SPACE)):
+        parts = [word] if word in MANY and not word.strip("\n") else list(word)
+        while True:
+            ranks = [
+                (PAIRS.index(pair), at)
+                for at, pair in enumerate(itertools.pairwise(parts))
+                if pair in PAIRS
+            ]
+            if not ranks:
+                break
+            at = min(ranks)[1]
+            parts[at : at + 2] = [parts[at] + parts[at + 1]]
+        for part in parts:
+            found = [part] if part in MANY else [BYTES[byte] for byte in part.encode()]
+            out += map(MANY.index, found)
+    return out
+
+
+GEMMA = GemmaTokenizer(vocab={token: i for i, token in enumerate(MANY)}, merges=PAIRS)
+GEMMA4 = from_metadata(of_gemma4())
+
+
+@given(st.lists(st.sampled_from([*"helotw12, zü☃\n", " the", "e t"]), max_size=12).map("".join))
+def test_gemma_4_cuts_as_llama_cpp_and_the_original_do(text):
+    ids = GEMMA4.encode(text)
+    assert ids == [2, *by_llama(text)]
+    assert ids == [2, *GEMMA.encode(text, add_special_tokens=False)]
+    assert GEMMA4.decode(ids) == text
+
+
+def test_a_text_of_gemma_4_begins_with_its_first_token_whatever_the_file_says():
+    told = from_metadata(of_gemma4(add_bos_token=False, add_space_prefix=True))
+    assert told.encode("the 12") == GEMMA4.encode("the 12")
+    assert told.encode("the 12")[0] == 2
+
+
+@pytest.mark.parametrize("merges", [None, ["the"], ["h e", "a b c"], ["x y"]])
+def test_a_file_of_gemma_4_without_pairs_of_its_tokens_is_refused(merges):
+    with pytest.raises(CheckpointError, match=r"tokenizer\.ggml\.merges"):
+        from_metadata(of_gemma4(merges=merges))
 
 
 def test_pieces_that_are_no_text_are_made_of_none():
