@@ -1011,7 +1011,7 @@ def test_factors_that_are_not_of_whole_planes_are_refused(factors):
 
 
 def test_a_number_of_layers_may_be_a_whole_float():
-    """Of layers that share keys, as the first files of Gemma 3n have it."""
+    """Of layers that share keys, as some files of Gemma 3n have it."""
     _, told = told_by("gemma3n")
     metadata = {f"gemma3n.{at}": x for at, x in told.items()}
     metadata |= {"general.architecture": "gemma3n", "gemma3n.attention.shared_kv_layers": 2.0}

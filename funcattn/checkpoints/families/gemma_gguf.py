@@ -8,8 +8,8 @@ rows of zeros (of images and sounds) to the same length, and those zeros are wha
 A table of factors says which planes turn in layers of 4 without a window, and a tensor of values
 that is absent says that the keys' is used.
 
-A soft cap that the file does not say is 30 in 3n, whose first files had no field of it, and none in
-4, whose converter leaves it out where the original has none.
+A soft cap that the file does not say is 30 in 3n, where llama.cpp reads no field of it and always
+has 30, and none in 4, whose converter leaves it out where the original has none.
 
 Source: github.com/ggml-org/llama.cpp, conversion/gemma.py, src/models/gemma3n.cpp and gemma4.cpp,
 src/llama-hparams.h.
@@ -87,7 +87,7 @@ def _prepare(fields: Fields, every: int | None, shared: int) -> dict[str, Json]:
     windows = read_pattern(fields, layers, every)
     sizes = _of_layers(fields, "feed_forward_length", layers)
     told = fields.get(name, shared)
-    if isinstance(told, float) and told.is_integer():  # as earlier writers have it
+    if isinstance(told, float) and told.is_integer():  # as some files have it
         told = int(told)
     fields.values = {**fields.values, "feed_forward_length": sizes[0], name: told}
     base = fields.positive("rope.freq_base_swa", 10000.0)

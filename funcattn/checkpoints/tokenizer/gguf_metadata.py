@@ -89,7 +89,7 @@ def from_metadata(metadata: Mapping[str, Json]) -> Tokenizer | None:
     }
     begin = id_of("bos_token_id")
     begins = fields.flag(metadata, "tokenizer.ggml.add_bos_token", first)
-    # the first files of Gemma 4 say that it does not, which llama.cpp corrects
+    # files of Gemma 4 that say otherwise are corrected by llama.cpp too
     if (begins or kind_of_model == "gemma4") and begin is not None and tokens[begin]:
         # The library reads a piece as name:type, and $A as the text.
         name = tokens[begin] if not set(tokens[begin]) & set(":$") else "the first token"
