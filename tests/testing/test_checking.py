@@ -115,7 +115,7 @@ def test_a_broken_nesting_is_told_by_the_smallest_of_a_few_inputs():
         ),
         (caches.Cache, {"without": ("every_verb_writes_what_a_loop_over_apply_writes",)}, None),
         (
-            caches.quantized(bits=4, block=2, recent=0),
+            caches.quantized(bits=4, block=2, recent=0, sinks=0),
             {"without": tuple(law.__name__ for law in laws.cache[2:])},
             "remembers_what_was_committed",
         ),
