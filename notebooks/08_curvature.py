@@ -10,6 +10,7 @@
 
 # %%
 import time
+from functools import partial
 
 import matplotlib.pyplot as plt
 import torch
@@ -79,61 +80,23 @@ assert asymmetry < 1e-3
 #
 # Now all the matrices of attention in one layer: 885 thousand numbers, a Hessian of 780 billion entries. Lanczos builds an
 # orthonormal basis of v, Hv, HHv, ..., in which the Hessian is a small tridiagonal matrix; its eigenvalues are those of the ends
-# of the spectrum, and its eigenvectors' first entries squared are weights of a density. Twenty-four products each, for an early
-# layer and the last one.
+# of the spectrum, and its eigenvectors' first entries squared are weights of a density. `fa.curvature` has it, for any part of a
+# tree. Twelve products each, for an early layer and the last one.
 
 
 # %%
 def block(layer):
-    """The flat weights of attention in a layer, and the loss as a function of them."""
-    names = ("q", "k", "v", "o")
-    matrices = [getattr(params.layers[layer], name) for name in names]
-    shapes, sizes = [m.shape for m in matrices], [m.numel() for m in matrices]
-
-    def loss(flat):
-        new = {
-            name: x.view(shape)
-            for name, x, shape in zip(names, flat.split(sizes), shapes, strict=True)
-        }
-        layers = list(params.layers)
-        layers[layer] = layers[layer]._replace(**new)
-        return fa.loss(model, params._replace(layers=tuple(layers)), tokens)
-
-    return torch.cat([m.flatten() for m in matrices]), loss
-
-
-def lanczos(hvp, n, products, key):
-    """Eigenvalues of the tridiagonal matrix, and the weights of the density that they stand for."""
-    v = fa.random.normal(key, (n,))
-    basis, diagonal, beside = [v / v.norm()], [], []
-    for _ in range(products):
-        w = hvp(basis[-1])
-        diagonal.append(w @ basis[-1])
-        for _ in range(2):  # orthogonal to all before, twice: rounding would bring the largest back
-            Q = torch.stack(basis)
-            w = w - Q.mT @ (Q @ w)
-        beside.append(w.norm())
-        basis.append(w / w.norm())
-    T = (
-        torch.diag(torch.stack(diagonal))
-        + torch.diag(torch.stack(beside[:-1]), 1)
-        + torch.diag(torch.stack(beside[:-1]), -1)
-    )
-    values, vectors = torch.linalg.eigh(T.double())
-    return values, vectors[0] ** 2
+    """The weights of attention in a layer, and the loss as a function of them."""
+    some, rest = fa.tree.partition(params, rf"layers\.{layer}\.[qkvo]")
+    return some, lambda some: fa.loss(model, fa.tree.combine(some, rest), tokens)
 
 
 spectra, seconds, PRODUCTS = {}, [], 12
 for layer in (20, 29):
-    flat, loss = block(layer)
-    slope = grad(loss)
+    some, loss = block(layer)
     begun = time.perf_counter()
-    spectra[layer] = lanczos(
-        lambda v, slope=slope, flat=flat: jvp(slope, (flat,), (v,))[1],
-        len(flat),
-        PRODUCTS,
-        fa.key(1),
-    )
+    product = partial(fa.curvature.hvp, loss, some)
+    spectra[layer] = fa.curvature.lanczos(fa.key(1), product, some, PRODUCTS)
     seconds.append((time.perf_counter() - begun) / PRODUCTS)
 print(
     ", ".join(
@@ -143,7 +106,8 @@ print(
 
 # %%
 figure, axes = plt.subplots(figsize=(7, 3.2), dpi=110, layout="constrained")
-for (layer, (values, weights)), color in zip(spectra.items(), ["#c8553d", "#3b6ea5"], strict=True):
+for (layer, run), color in zip(spectra.items(), ["#c8553d", "#3b6ea5"], strict=True):
+    values, _, weights = fa.curvature.eigenvalues(run)
     axes.vlines(values, 1e-9, weights, color=color, linewidth=1.5)
     axes.plot(
         values,
@@ -161,7 +125,7 @@ axes.set(
 )
 axes.set_xscale("symlog", linthresh=0.1)
 axes.axvline(0, color="#ccc", zorder=0)
-axes.legend()
+axes.legend(loc="upper right")
 plt.show()
 
 # %% [markdown]
@@ -172,14 +136,14 @@ plt.show()
 # Power iteration, which keeps one vector and no basis, comes near the greatest one from below.
 
 # %%
-flat, loss = block(29)
-slope = grad(loss)
-v = fa.random.normal(fa.key(2), (len(flat),))
+some, loss = block(29)
+v = fa.random.normal_like(fa.key(2), some)
 for _ in range(10):
-    v = jvp(slope, (flat,), (v / v.norm(),))[1]
-sharpness = float(v.norm())
-print(f"by power iteration {sharpness:.2f}, by Lanczos {float(spectra[29][0].abs().max()):.2f}")
-assert 0.7 < sharpness / float(spectra[29][0].abs().max()) < 1.02
+    v = fa.curvature.hvp(loss, some, fa.tree.scale(1 / fa.tree.norm(v), v))
+sharpness = float(fa.tree.norm(v))
+greatest = float(fa.curvature.eigenvalues(spectra[29]).values.abs().max())
+print(f"by power iteration {sharpness:.2f}, by Lanczos {greatest:.2f}")
+assert 0.7 < sharpness / greatest < 1.02
 
 # %% [markdown]
 # ## All weights
@@ -188,20 +152,11 @@ assert 0.7 < sharpness / float(spectra[29][0].abs().max()) < 1.02
 # Hessian is the mean of v.Hv over random signs. One sign, one product:
 
 # %%
-floating = fa.tree.partition(params, "floating")[0]
-keys = fa.split(fa.key(3), len(fa.tree.leaves(floating)))
-signs = iter(
-    [
-        fa.random.bernoulli(key, 0.5, leaf.shape)
-        for key, leaf in zip(keys, fa.tree.leaves(floating), strict=True)
-    ]
-)
-v = fa.tree.map(lambda leaf: torch.where(next(signs), 1.0, -1.0).to(leaf.dtype), params)
 few = tokens[:24]
 begun = time.perf_counter()
-Hv = jvp(grad(lambda params: fa.loss(model, params, few)), (params,), (v,))[1]
-trace = sum((a * b).sum() for a, b in zip(fa.tree.leaves(v), fa.tree.leaves(Hv), strict=True))
-print(f"v.Hv = {float(trace):.0f} for one v, {time.perf_counter() - begun:.1f} s")
+product = partial(fa.curvature.hvp, lambda params: fa.loss(model, params, few), params)
+trace = fa.curvature.trace(fa.key(3), product, params, draws=1)
+print(f"v.Hv = {float(trace.value):.0f} for one v, {time.perf_counter() - begun:.1f} s")
 
 # %% [markdown]
 # ## Limits
