@@ -158,6 +158,6 @@ plt.show()
 # ## Limits
 #
 # - Five products show the greatest eigenvalue, and bound it; the density between wants some dozens, and several first vectors.
-# - The last layer alone. All 135 million weights are the same lines with `fa.decoder(config, remat=128)`, in minutes a product:
+# - The last layer alone. All 135 million weights are the same lines with `fa.decoder(config, remat=128)`:
 #   `benchmarks/spectrum.py` does that, keeps its state after each step, and goes on where it was ended.
 # - Differences can be mended: a step for each direction, float64, or smoothing over several. Each costs more products than it saves.
