@@ -211,6 +211,76 @@ def attend_tangent(empty: Contraction, v: int, tangents: dict[int, int]) -> Cont
     )
 
 
+class AttendCotangents(NamedTuple):
+    """Indices of what `attend_jvp_vjp` reads of the cotangents of attend and of its jvp."""
+
+    out: int | None  # cotangent of out
+    dout: int | None  # cotangent of its tangent
+    out_sums: int  # one feature: g_lse - g . out - h . dout, for cotangents g of out and h of dout
+    dout_sums: int  # one feature: h_lse - h . out
+
+
+def attend_jvp_vjp(
+    empty: Contraction,
+    v: int,
+    tangents: dict[int, int],
+    cotangents: AttendCotangents,
+    needed: set[int],
+) -> tuple[Contraction, tuple[int, ...]]:
+    """The contraction for the vjp of attend and its jvp at once, in one pass over P.
+
+    With E = dS - dlse, so that P E is the tangent of P, and B = h v' + dout_sums the cotangent of
+    P E, less its mean: the gradient of the logits is P (E B + h dv' + g v' + out_sums), that of
+    their tangent P B. The sums are all that normalization adds, and they are known from the
+    outputs before the pass.
+
+    Args:
+        empty: a contraction without outputs.
+        v: index of the values.
+        tangents: from the index of a tensor to the index of its tangent; with that of L, dlse,
+            where q, k or the bias have one.
+        cotangents: see `AttendCotangents`.
+        needed: indices of the tensors, and of tangents, whose gradients are needed.
+
+    Returns:
+        The contraction, and for each of its outputs the index of the tensor whose gradient it is.
+    """
+    g, h, s = cotangents.out, cotangents.dout, empty.scale
+    E = logit_tangent(empty, tangents)
+    of_value, of_tangent = [LowRankFactor(cotangents.out_sums, ONES)], list[Summand]()
+    if E:
+        of_tangent.append(LowRankFactor(cotangents.dout_sums, ONES))
+    if h is not None:
+        of_tangent.append(LowRankFactor(h, v))
+        if v in tangents:
+            of_value.append(LowRankFactor(h, tangents[v]))
+    if g is not None:
+        of_value.append(LowRankFactor(g, v))
+    A, B = tuple(of_value), tuple(of_tangent)
+    found = _Collect()
+    sides = [(Q, "query", K, s), (K, "key", Q, s)]
+    if empty.bias != ONES:
+        sides.append((empty.bias, "pair", ONES, 1.0))
+    for place, side, other, weight in sides:
+        found.add(place, side, (A,), other, weight)
+        if E:
+            found.add(place, side, (E, B), other, weight)
+        if place in tangents:
+            found.add(tangents[place], side, (B,), other, weight)
+        if other in tangents:
+            found.add(place, side, (B,), tangents[other], weight)
+    if g is not None:
+        found.add(v, "key", (), g)
+    if h is not None and E:
+        found.add(v, "key", (E,), h)
+    if h is not None and v in tangents:
+        found.add(tangents[v], "key", (), h)
+    for place in set(found.terms) - needed:
+        del found.terms[place]
+    outputs, places = found.outputs()
+    return empty._replace(outputs=outputs), places
+
+
 def logit_tangent(contraction: Contraction, tangents: dict[int, int]) -> Factor:
     """d(scale q . k + bias - l) as a factor."""
     dS: list[Summand] = []

@@ -112,7 +112,7 @@ class AttendJvpFunction(Function):
         ctx.spec, ctx.has_tangent = inputs[:2]
         ctx.set_materialize_grads(False)
         out, lse, _, dlse = output
-        ctx.save_for_backward(*inputs[2:], out, lse, dlse)
+        ctx.save_for_backward(*inputs[2:], *output)
         ctx.save_for_forward(*inputs[2:], out, lse, dlse)
 
     @staticmethod
@@ -123,42 +123,49 @@ class AttendJvpFunction(Function):
         g_dout: Tensor | None,
         g_dlse: Tensor | None,
     ) -> tuple[Any, ...]:
-        """Through dout = accumulator - dlse out and dlse, a contraction of q, k, lse, ..., then
-        attend.
-        """
-        *tensors, out, lse, dlse = ctx.saved_tensors
+        *tensors, out, lse, dout, dlse = ctx.saved_tensors
         spec, start = ctx.spec, 3 + ctx.spec.masks
         primals, tangents = tensors[:start], tensors[start:]
-        contraction, flat, tangent_index = operators.tangent_contraction(
+        if g_dout is None and (g_dlse is None or not any(ctx.has_tangent[:2])):
+            grads = _vjp(spec, primals, out, lse, g, g_lse, ctx.needs_input_grad[2 : 2 + start])
+            return (None, None, *grads, *[None] * len(tangents))
+        _, flat, tangent_index = operators.tangent_contraction(
             spec, primals, lse, operators.spread(ctx.has_tangent, tangents)
         )
-        given: list[Tensor | None] = [g_dout, g_dlse]
-        if g_dout is not None:
-            given[1] = add(
-                g_dlse, sum_to(-(g_dout * out).sum(-1, keepdim=True).to(lse.dtype), dlse)
-            )
-            g = add(g, -(dlse * g_dout).to(out.dtype))
+        at, empty = operators.empty_contraction(spec)
         # indices of the tensors in the flat list
-        places = [Q, K, start, *contraction.mask, *tangent_index.values()]
-        wanted = {
-            place for place, needed in zip(places, ctx.needs_input_grad[2:], strict=True) if needed
-        }
-        gradients = _contraction_vjp(contraction, flat, given, wanted | {L}, spec.kernel)
-        grads = [gradients.get(place) for place in places]
-        last = _vjp(
-            spec,
-            primals,
-            out,
-            lse,
-            g,
-            add(g_lse, gradients.get(L)),
-            ctx.needs_input_grad[2 : 2 + start],
+        places = [Q, K, at, *empty.mask, *tangent_index.values()]
+        needed = {p for p, wanted in zip(places, ctx.needs_input_grad[2:], strict=True) if wanted}
+        if any(ctx.has_tangent[:2]):
+            tangent_index[L] = len(flat)
+            flat.append(dlse)
+        dot = lambda x, y: -(x * y).sum(-1, keepdim=True).to(lse.dtype)
+        of_out, of_dout = (None if x is None else dot(x, out) for x in (g, g_dout))
+        if g_dout is not None:
+            of_out = add(of_out, dot(g_dout, dout))
+        # if only the values have an axis, the sum over it must count the log-sum-exp once
+        zeros = out.new_zeros((*out.shape[:-1], 1), dtype=lse.dtype)
+        cotangents = []
+        for sums, given in ((of_out, g_lse), (of_dout, g_dlse)):
+            whole = zeros if sums is None else sums
+            if given is not None:
+                whole = whole + given * (given.numel() / max(whole.numel(), 1))
+            cotangents.append(len(flat))
+            flat.append(whole)
+        for x in (g, g_dout):
+            cotangents.append(None if x is None else len(flat))
+            flat.extend(() if x is None else (x,))
+        sums, dsums, g_at, h_at = cotangents
+        contraction, wanted = algebra.attend_jvp_vjp(
+            empty,
+            at,
+            tangent_index,
+            algebra.AttendCotangents(g_at, h_at, sums, dsums),
+            needed,
         )
-        return (
-            None,
-            None,
-            *(add(x, y) for x, y in zip(grads, [*last, *[None] * len(tangents)], strict=True)),
-        )
+        likes = [tensor_spec(flat[p]) for p in wanted]
+        grads = dict(zip(wanted, run(contraction, likes, flat, spec.kernel), strict=True))
+        return (None, None, *(grads.get(p) for p in places))
 
     @closed_jvp
     def jvp(
