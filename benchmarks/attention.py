@@ -98,7 +98,7 @@ LEAST = {
     "value and gradient": 7,
     "value and jvp": 6,
     "jvp(grad)": 19,
-    "grad(jvp)": 19,
+    "grad(jvp)": 16,
     "grad(grad)": 19,
 }  # docs/attention.md derives them
 

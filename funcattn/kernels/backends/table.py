@@ -53,6 +53,8 @@ class Backend:
         attend_vjp: of q, k, v, mask, lse, the cotangent of out, out, scale and three shapes, the
             gradients of q, k and v in these shapes, where that is faster than the contraction.
         why_not_attend_vjp: as `why_not_attend`.
+        joins_tangents: whether a contraction and its jvp are one contraction, of twice the outputs,
+            where both are wanted.
         statistics: of q, k, lse, mask and scale, lse as the sum of two numbers, the second small;
             asked where `why_not_attend` of q, k, k has no reason.
     """
@@ -80,6 +82,7 @@ class Backend:
         | None
     ) = None
     why_not_attend_vjp: WhyNotAttend = _never
+    joins_tangents: bool = False
     statistics: Callable[[Tensor, Tensor, Tensor, Tensors, float], Pair] | None = None
 
 
@@ -117,6 +120,7 @@ NATIVE = Backend(
     why_not_contract=native_contract.why_not_contract,
     attend_jvp=native.attend_jvp,
     why_not_attend_jvp=native.why_not_attend_jvp,
+    joins_tangents=True,
 )
 
 TORCH_BLOCKS = Backend(

@@ -21,8 +21,8 @@ from .. import dropout
 from ..backends import WIDEST
 from ..request import FEW, SMALL, Kernel, Request
 from .algebra import ONES, Contraction, Output, Term
+from .contractions import run
 from .functions import attend as attend_in_family
-from .functions import run
 from .log_sum_exp import StatisticsFunction
 from .specs import AttendSpec, tensor_spec
 

@@ -1,11 +1,9 @@
 """The autograd Functions of attention, closed under grad, jvp and vmap at every order.
 
-`AttendFunction` normalizes, `AttendJvpFunction` computes it and its jvp in one pass, and
-`ContractFunction` is a contraction (a `Contraction` of the algebra). The vjp and jvp of all three
-are contractions. `operators` runs them on a backend.
+`AttendFunction` normalizes, and `AttendJvpFunction` computes it and its jvp in one pass. The vjp
+and jvp of both are contractions (`contractions`). `operators` runs them on a backend.
 """
 
-import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,12 +18,13 @@ from ...core.autograd import (
     dual,
     is_recorded,
     primal,
-    sum_to,
     tangent,
 )
+from ...core.levels import apply_at_level, is_gradient_inside_jvp
 from . import algebra, operators
-from .algebra import ONES, Contraction, K, L, LowRankFactor, Output, Q, Term
-from .specs import AttendSpec, ContractSpec, TensorSpec, tensor_spec
+from .algebra import ONES, K, L, LowRankFactor, Output, Q, Term
+from .contractions import at_batch, run
+from .specs import AttendSpec, tensor_spec
 
 V = 2  # index of the values in the tensors of attend, which are q, k, v, mask..., bias
 
@@ -38,6 +37,9 @@ def attend(spec: AttendSpec, *tensors: Tensor) -> tuple[Tensor, Tensor]:
     """
     if not is_recorded(*tensors) and operators.plain(tensors):
         return operators.attend_plain(spec, tensors)
+    if is_gradient_inside_jvp() and operators.has_attend_jvp(spec, tensors):
+        out, lse = apply_at_level(AttendFunction, attend, spec, *tensors)
+        return out, lse
     tangents = [tangent(x) for x in tensors[:3]]
     has_tangent = tuple(x is not None for x in tangents)
     if not any(has_tangent) or not operators.has_attend_jvp(spec, tensors):
@@ -210,87 +212,6 @@ class AttendJvpFunction(Function):
         return (out[0], lse[0], at_batch(dout, info), at_batch(dlse, info)), (None, None, 0, 0)
 
 
-class ContractFunction(Function):
-    """(spec, *tensors) -> the outputs of `spec.contraction`."""
-
-    @staticmethod
-    def forward(spec: ContractSpec, *tensors: Tensor) -> tuple[Tensor, ...]:
-        return tuple(operators.contract(spec, tensors))
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        ctx.spec = inputs[0]
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*inputs[1:])
-        ctx.save_for_forward(*inputs[1:])
-
-    @staticmethod
-    def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Any, ...]:
-        flat = ctx.saved_tensors
-        needed = {p for p in range(len(flat)) if ctx.needs_input_grad[1 + p]}
-        grads = _contraction_vjp(ctx.spec.contraction, flat, cotangents, needed, ctx.spec.kernel)
-        return (None, *(grads.get(p) for p in range(len(flat))))
-
-    @closed_jvp
-    def jvp(ctx: Any, saved: list[Tensor], _: Any, *tangents: Tensor | None) -> tuple[Tensor, ...]:
-        flat = list(saved)
-        tangent_index: dict[int, int] = {}
-        for place, x in enumerate(tangents):
-            if x is not None:
-                tangent_index[place] = len(flat)
-                flat.append(x)
-        return tuple(
-            run(
-                algebra.jvp(ctx.spec.contraction, tangent_index),
-                ctx.spec.likes,
-                flat,
-                ctx.spec.kernel,
-            )
-        )
-
-    @staticmethod
-    def vmap(
-        info: Any, in_dims: tuple[Any, ...], spec: ContractSpec, *tensors: Tensor
-    ) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
-        aligned = align(in_dims[1:], tensors)
-        rank = aligned[0].dim() - 1
-        mapped = [
-            TensorSpec((info.batch_size, *[1] * (rank - len(o.shape)), *o.shape), o.dtype)
-            for o in spec.likes
-        ]
-        outputs = ContractFunction.apply(dataclasses.replace(spec, likes=tuple(mapped)), *aligned)
-        return tuple(
-            x.reshape(info.batch_size, *o.shape) for x, o in zip(outputs, spec.likes, strict=True)
-        ), (0,) * len(outputs)
-
-
-def run(
-    contraction: Contraction,
-    likes: Sequence[TensorSpec],
-    tensors: Sequence[Tensor],
-    kernel: str = "flash",
-    is_attend_vjp: bool = False,
-) -> list[Tensor]:
-    """Run a contraction as an autograd Function over the tensors that it reads.
-
-    An output without terms is zeros. If it is the vjp of attend (see `ContractSpec`), the last
-    tensor is the output of attention, which an `attend_vjp` reads.
-    """
-    live = [i for i, output in enumerate(contraction.outputs) if output.terms]
-    done: dict[int, Tensor] = {}
-    if live:
-        pruned, used = algebra.prune(
-            contraction._replace(outputs=tuple(contraction.outputs[i] for i in live))
-        )
-        read = [tensors[p] for p in used] + ([tensors[-1]] if is_attend_vjp else [])
-        spec = ContractSpec(pruned, tuple(likes[i] for i in live), kernel, is_attend_vjp)
-        done = dict(zip(live, ContractFunction.apply(spec, *read), strict=True))
-    return [
-        done[i] if i in done else tensors[Q].new_zeros(o.shape, dtype=o.dtype)
-        for i, o in enumerate(likes)
-    ]
-
-
 def _vjp(
     spec: AttendSpec,
     tensors: Sequence[Tensor],
@@ -365,33 +286,3 @@ def _jvp(
     if not rest:
         return accumulator, torch.zeros_like(lse)
     return accumulator - (rest[0] * out).to(out.dtype), rest[0]
-
-
-def _contraction_vjp(
-    contraction: Contraction,
-    tensors: Sequence[Tensor],
-    cotangents: Sequence[Tensor | None],
-    needed: set[int],
-    kernel: str,
-) -> dict[int, Tensor]:
-    """The vjp of a contraction: gradients by index, of the needed tensors that cotangents reach."""
-    flat, given = list(tensors), dict[int, int]()
-    for number, g in enumerate(cotangents):
-        if g is not None and number < len(contraction.outputs):
-            given[number] = len(flat)
-            flat.append(g)
-    contraction, wanted = algebra.vjp(
-        contraction, given, needed, lambda place: flat[place].shape[:-2]
-    )
-    return dict(
-        zip(
-            wanted,
-            run(contraction, [tensor_spec(flat[p]) for p in wanted], flat, kernel),
-            strict=True,
-        )
-    )
-
-
-def at_batch(x: Tensor, info: Any) -> Tensor:
-    """x with its first axis, of size 1 or that of the batch, at the size of the batch."""
-    return x if x.shape[0] == info.batch_size else x.expand(info.batch_size, *x.shape[1:])

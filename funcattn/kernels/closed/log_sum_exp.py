@@ -7,7 +7,7 @@ from torch.autograd import Function
 
 from ...core.autograd import align
 from . import operators
-from .functions import at_batch
+from .contractions import at_batch
 
 
 class StatisticsFunction(Function):

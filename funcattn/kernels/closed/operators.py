@@ -42,6 +42,11 @@ def has_attend_jvp(spec: AttendSpec, tensors: Sequence[Tensor]) -> bool:
     )
 
 
+def joins_tangents(kernel: str) -> bool:
+    """True where a contraction and its jvp in one pass cost less than in two."""
+    return any(backend.joins_tangents for backend in BACKENDS[kernel])
+
+
 def has_attend_vjp(spec: AttendSpec, tensors: Sequence[Tensor]) -> bool:
     """True where a backend may compute the gradients of q, k and v faster than the contraction."""
     q, k, v, *extra = tensors

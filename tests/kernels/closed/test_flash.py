@@ -30,12 +30,14 @@ def small_blocks(monkeypatch):
 
 @pytest.fixture(params=["two passes", "one pass"])
 def passes(request, monkeypatch):
-    """A jvp by a contraction after the value, and with the value, as where one kernel makes both;
-    its number so far is passes().
+    """A jvp by a contraction after the value, and with the value, as where one kernel makes both,
+    and the tangents of a contraction likewise; passes() is the number of values with tangents.
     """
     count, attend_jvp = [], operators.attend_jvp
     if request.param == "one pass":
         monkeypatch.setattr(operators, "has_attend_jvp", lambda spec, tensors: not spec.biased)
+        monkeypatch.setattr(operators, "has_attend_vjp", lambda spec, tensors: False)
+        monkeypatch.setattr(operators, "joins_tangents", lambda kernel: True)
         monkeypatch.setattr(
             operators, "attend_jvp", lambda *x: (count.append(1), attend_jvp(*x))[1]
         )
@@ -207,8 +209,28 @@ MOVES = {
     ),
     "nothing": (0, lambda f, q, k, v: jvp(lambda x: (f(q, k, v), x), (q,), (q,))),
     "a gradient": (
-        0,
+        1,
         lambda f, q, k, v: jvp(grad(lambda q: f(q, k, v).sin().sum()), (q,), (q.sin(),)),
+    ),
+    "a gradient of a batch": (
+        1,
+        lambda f, q, k, v: jvp(
+            lambda q: vmap(grad(lambda q, k: f(q, k, v).sin().sum()), (None, 0))(q, several(k)),
+            (q,),
+            (q.sin(),),
+        ),
+    ),
+    "a gradient of a gradient": (
+        1,
+        lambda f, q, k, v: jvp(
+            grad(lambda q: grad(lambda k: f(q, k, v).sin().sum())(k).sin().sum()), (q,), (q.sin(),)
+        ),
+    ),
+    "a gradient, many tangents": (
+        0,
+        lambda f, q, k, v: vmap(lambda t: jvp(grad(lambda q: f(q, k, v).sin().sum()), (q,), (t,)))(
+            several(q)
+        ),
     ),
 }
 
@@ -219,6 +241,38 @@ def test_value_and_tangent_may_come_from_one_pass(moved, passes):
     wanted, program = MOVES[moved]
     both("causal", lambda f: program(f, *inputs()))
     assert passes() == wanted
+
+
+# of a function of q, k and v: how many passes make its second derivatives beside that of the value
+# and its tangent
+SECOND = {
+    "jvp of grad": (1, lambda f, x, t: jvp(grad(loss(f), (0, 1, 2)), x, t)),
+    "grad of jvp": (1, lambda f, x, t: NESTINGS["grad of jvp"](f, x, t)),
+    # the gradient once; the tangents of the value and of the gradient for each
+    "jvp of grad, many tangents": (
+        3,
+        lambda f, x, t: vmap(lambda t: jvp(grad(lambda q: loss(f)(q, *x[1:])), x[:1], (t,)))(
+            several(t[0])
+        ),
+    ),
+}
+
+
+@pytest.mark.parametrize("passes", ["one pass"], indirect=True)
+@pytest.mark.parametrize("nesting", SECOND)
+def test_a_second_derivative_is_one_pass_more(nesting, passes, monkeypatch):
+    wanted, program = SECOND[nesting]
+    primal, sizes, contract = inputs(), list[tuple[int, ...]](), operators.contract
+    monkeypatch.setattr(
+        operators,
+        "contract",
+        lambda spec, x: (sizes.append(tuple(o.shape for o in spec.likes)), contract(spec, x))[1],
+    )
+    program(lambda *x: fa.attention(*x, kernel="flash"), primal, tuple(x.cos() for x in primal))
+    assert len(sizes) == wanted
+    if wanted == 3:
+        batched = [any(shape[0] == 3 and len(shape) > 4 for shape in shapes) for shapes in sizes]
+        assert sorted(batched) == [False, True, True]
 
 
 @pytest.mark.parametrize("passes", ["one pass"], indirect=True)
