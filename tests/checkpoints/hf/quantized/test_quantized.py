@@ -18,7 +18,16 @@ from funcattn.checkpoints import CheckpointError
 from funcattn.checkpoints.hf.folder import read_folder
 from funcattn.checkpoints.hf.quantized import Entry, Tensors, find
 from funcattn.cli import main
-from funcattn.quantization import Int4, Int8, Int8Affine, OrderedInt4, expand, is_quantized, packing
+from funcattn.quantization import (
+    Codebook,
+    Int4,
+    Int8,
+    Int8Affine,
+    OrderedInt4,
+    expand,
+    is_quantized,
+    packing,
+)
 
 LEAVES = {
     **{leaf: f"self_attn.{leaf}_proj" for leaf in "qkvo"},
@@ -105,7 +114,62 @@ def test_codes_and_scales_are_those_of_the_file(tmp_path, plain, case):
         assert not told
 
 
-@pytest.mark.parametrize("case", ["gptq", "gptq in act-order", "bitsandbytes nf4", "fp8", "mlx"])
+FOUR_BITS = ["gptq", "gptq in act-order", "awq", "pack-quantized", "nvfp4", "mxfp4", "mlx", "hqq"]
+
+
+@pytest.mark.parametrize("case", [*FOUR_BITS, "bitsandbytes nf4", "fp8", "int-quantized"])
+def test_codes_of_4_bits_take_no_more_memory_than_in_the_file(case):
+    """At most 1.3 times, the bar of a whole folder."""
+    make, settings = CASES[case]
+    made = make(np.random.default_rng(0), 64, 1024)
+    names = {f"m.q_proj.{end}": x.contiguous() for end, x in made.tensors.items()}
+    entries = {n: Entry(tuple(x.shape), TYPES[x.dtype], n, "f") for n, x in names.items()}
+    (stored,) = find(settings, Tensors(entries, {}, names.__getitem__)).matrices.values()
+    record = stored.read(names.__getitem__)
+    assert sum(x.nbytes for x in record) <= 1.3 * sum(x.nbytes for x in names.values())
+
+
+def test_scales_of_two_levels_are_those_of_one(tmp_path, plain):
+    """nvfp4 stays in float8 with a divisor, and every number is that of float32 scales."""
+    coded, settings = made_of("nvfp4")
+    (_, found, _), _ = load(write(tmp_path / "m", plain, coded, settings))
+    weight, file = found.layers[0].down, coded["down"].tensors
+    assert weight.scale.dtype == torch.float8_e4m3fn
+    wide = weight.at_one_level
+    by = file["weight_scale"].float() / file["weight_global_scale"]
+    assert isinstance(wide, Codebook)
+    assert torch.equal(wide.scale, by)
+    assert torch.equal(expand(weight), expand(wide))
+    x = fa.random.normal(fa.key(0), (3, weight.shape[-1]))
+    f = lambda weight: lambda x: fa.layers.linear(weight, x)
+    assert torch.equal(f(weight)(x), f(wide)(x))
+    assert torch.equal(torch.func.vmap(f(weight))(x), torch.func.vmap(f(wide))(x))
+    grad = lambda weight: torch.func.grad(lambda x: f(weight)(x).square().sum())(x)
+    assert torch.equal(grad(weight), grad(wide))
+    each = [fa.layers.embed(one, torch.tensor([2, 0])) for one in (weight, wide)]
+    assert torch.equal(*each)
+    fa.save(tmp_path / "again", CONFIG, found)
+    again = fa.load(tmp_path / "again").params.layers[0].down
+    assert type(again) is type(weight)
+    assert all(torch.equal(a.float(), b.float()) for a, b in zip(again, weight, strict=True))
+
+
+def test_scales_of_two_levels_run_on_a_mesh(tmp_path, plain):
+    coded, settings = made_of("nvfp4")
+    (config, found, _), _ = load(write(tmp_path / "m", plain, coded, settings))
+    model, mesh, params = fa.decoder(config), sharding.Grid(tensor=2), fa.cast(torch.float32)(found)
+    specs = sharding.specs(params, mesh, sharding.tensor_parallel(config, size=2))
+    f = lambda params, tokens: model.hidden(params, tokens)[0]
+    tokens = torch.arange(12) % 7
+    got = sharding.shard_map(f, mesh, (specs, sharding.P()), sharding.P())(params, tokens)
+    want = f(params, tokens)
+    # float32 through a layer of large weights
+    assert torch.allclose(got, want, atol=1e-4 * float(want.abs().max()))
+
+
+@pytest.mark.parametrize(
+    "case", ["gptq", "gptq in act-order", "bitsandbytes nf4", "nvfp4", "fp8", "mlx"]
+)
 def test_logits_are_those_of_the_dequantized_model(tmp_path, plain, case):
     coded, settings = made_of(case)
     (config, found, _), _ = load(write(tmp_path / "m", plain, coded, settings))
