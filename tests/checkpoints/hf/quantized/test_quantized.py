@@ -11,6 +11,7 @@ import torch
 from coded import CASES, Coded, gptq, mxfp4_linear, of_gptq, of_groups, pack_quantized
 from safetensors.torch import load_file, save_file
 from samples import CONFIG, params
+from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 import funcattn as fa
 from funcattn import sharding
@@ -172,7 +173,13 @@ def test_scales_of_two_levels_run_on_a_mesh(tmp_path, plain):
 
 
 @pytest.mark.parametrize(
-    "case", ["gptq", "gptq in act-order", "bitsandbytes nf4", "nvfp4", "fp8", "mlx"]
+    "case",
+    [
+        *FOUR_BITS,
+        *("gptq 8 bits with zeros", "pack-quantized 8 bits", "int-quantized", "float-quantized"),
+        *("float-quantized by blocks", "fp8", "fbgemm", "bitsandbytes nf4", "bitsandbytes int8"),
+        *("torchao", "torchao float8"),
+    ],
 )
 def test_logits_are_those_of_the_dequantized_model(tmp_path, plain, case):
     coded, settings = made_of(case)
@@ -416,6 +423,12 @@ def test_experts_of_gpt_oss_stay_in_codes(tmp_path):
     assert torch.equal(expand(layer.gate).double(), gate_up[:, ::2])
     assert torch.equal(expand(layer.up).double(), gate_up[:, 1::2])
     assert torch.equal(expand(layer.down).double(), want["model.layers.0.mlp.experts.down_proj"])
+    for name, leaf in (("gate_up_proj", layer.up), ("down_proj", layer.down)):
+        parts = [
+            tensors[f"model.layers.0.mlp.experts.{name}_{end}"] for end in ("blocks", "scales")
+        ]
+        theirs = convert_moe_packed_tensors(*parts, dtype=torch.float32).mT  # of transformers
+        assert torch.equal(expand(leaf), theirs[:, 1::2] if name == "gate_up_proj" else theirs)
     model, tokens = fa.decoder(config), torch.arange(6)
     got, plain = (
         model.logits(p, model.hidden(p, tokens)[0]) for p in (found, fa.dequantize(found))
