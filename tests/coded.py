@@ -166,7 +166,7 @@ def bnb8(rng, N, K):
 def nvfp4(rng, N, K):
     codes = rng.integers(0, 16, (N, K))
     scale = torch.from_numpy(rng.uniform(1, 100, (N, K // 16))).to(torch.float8_e4m3fn)
-    whole = torch.tensor([700.0])
+    whole = torch.tensor([2016.0])  # its reciprocal would round half of the scales otherwise
     tensors = {
         "weight_packed": torch.from_numpy((codes[:, ::2] | codes[:, 1::2] << 4).astype(np.uint8)),
         "weight_scale": scale,
@@ -174,7 +174,8 @@ def nvfp4(rng, N, K):
         "input_global_scale": torch.ones(1),
     }
     by = (scale.float() / whole).double().numpy()
-    return Coded(tensors, FP4[codes] * np.repeat(by, 16, 1), codes, by)
+    matrix = FP4[codes] * np.repeat(by, 16, 1)
+    return Coded(tensors, matrix, codes, scale.double().numpy())
 
 
 def mxfp4_linear(rng, N, K):

@@ -88,6 +88,7 @@ WHOLE = {
     ),
     # of other people's tools, which `make test-peers` installs
     *("peers.bergson", "peers.captum", "peers.curvlinops", "peers.dattri", "peers.laplace"),
+    "peers.compressed_tensors",
     *("peers.hessian_eigenthings", "peers.opacus", "peers.posteriors"),
     *("devices", "distributed.differing", "distributed.gloo", "family_peers", "gguf_families"),
 }

@@ -26,6 +26,7 @@ from .formats import (
     Int8Dynamic,
     OrderedInt4,
     Ternary,
+    TwoLevelCodebook,
     expand,
     is_quantized,
 )
@@ -47,6 +48,7 @@ __all__ = [
     "RoundedInputs",
     "Scheme",
     "Ternary",
+    "TwoLevelCodebook",
     "Where",
     "dequantize",
     "expand",

@@ -115,6 +115,34 @@ class Codebook(NamedTuple):
 
 
 @record
+class TwoLevelCodebook(NamedTuple):
+    """w ~ levels[codes] * (scale / divisor): a `Codebook` whose scales (N, G) are float8.
+
+    divisor float32 (N, 1), of each row.
+
+    Law: as large as the file of 4-bit floats that it is read from
+        (test_quantized.py::test_codes_of_4_bits_take_no_more_memory_than_in_the_file).
+    Source: NVIDIA, Pretraining Large Language Models with NVFP4, arXiv:2509.25149, section 2.
+    """
+
+    codes: Tensor
+    scale: Tensor
+    divisor: Tensor
+    levels: Tensor
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the matrix, (N, K)."""
+        return *self.codes.shape[:-1], 2 * self.codes.shape[-1]
+
+    @property
+    def at_one_level(self) -> Codebook:
+        """The record with scales in float32, of the same matrix bit for bit."""
+        wide = _wide(self.divisor)
+        return Codebook(self.codes, self.scale.to(wide) / self.divisor.to(wide), self.levels)
+
+
+@record
 class Fp8(NamedTuple):
     """w ~ codes * scale: codes float8 (N, K), scale (N, 1)."""
 
@@ -140,7 +168,10 @@ class Ternary(NamedTuple):
         return *self.codes.shape[:-1], 4 * self.codes.shape[-1]
 
 
-RECORDS = (Int8, Int8Affine, Int8Dynamic, Int4, OrderedInt4, Codebook, Fp8, Ternary)
+RECORDS = (
+    *(Int8, Int8Affine, Int8Dynamic, Int4, OrderedInt4),
+    *(Codebook, TwoLevelCodebook, Fp8, Ternary),
+)
 
 
 @functools.singledispatch
@@ -200,6 +231,11 @@ def _(weight: Codebook) -> Tensor:
         else torch.take_along_dim(levels.unsqueeze(-2), codes.long(), -1)  # of experts
     )
     return each * packing.spread(weight.scale.to(wide), codes.shape[-1])
+
+
+@expand.register
+def _(weight: TwoLevelCodebook) -> Tensor:
+    return expand(weight.at_one_level)
 
 
 @expand.register

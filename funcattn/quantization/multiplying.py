@@ -34,6 +34,7 @@ from .formats import (
     Int8Dynamic,
     OrderedInt4,
     Ternary,
+    TwoLevelCodebook,
     expand,
 )
 from .packed import (
@@ -69,6 +70,7 @@ for _kind in RECORDS:
 
 
 @linear.register(Codebook)
+@linear.register(TwoLevelCodebook)
 @linear.register(Fp8)
 @linear.register(Ternary)
 def _(weight: Weight, x: Tensor) -> Tensor:
@@ -220,6 +222,7 @@ def _(weight: Int8Dynamic, rows: int) -> Weight:
 @embed.register(Int4)
 @embed.register(OrderedInt4)
 @embed.register(Codebook)
+@embed.register(TwoLevelCodebook)
 @embed.register(Fp8)
 @embed.register(Ternary)
 def _(weight: Weight, ids: Tensor) -> Tensor:

@@ -140,6 +140,15 @@ def of_levels(pairs: Tensor, scale: Tensor, levels: Tensor) -> Weight | Dense:
     return quantization.Codebook(by_halves(pairs, K // G), scale, each)
 
 
+def two_level_fp4(pairs: Tensor, scale: Tensor, divisor: Tensor) -> Weight:
+    """w = fp4[code] (scale / divisor) of codes in pairs (N, K / 2), scale (N, K / 16) float8,
+    divisor (1,) float32.
+    """
+    of_rows = divisor.expand(len(pairs), 1).contiguous()
+    halves = by_halves(pairs, 2 * pairs.shape[-1] // scale.shape[-1])
+    return quantization.TwoLevelCodebook(halves, scale, of_rows, torch.tensor(LEVELS))
+
+
 def fp4(pairs: Tensor, scale: Tensor) -> Weight | Dense:
     """`of_levels` of 4-bit floating point."""
     return of_levels(pairs, scale, torch.tensor(LEVELS))

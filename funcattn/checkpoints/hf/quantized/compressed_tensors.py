@@ -230,8 +230,7 @@ def _fp4(module: str, args: Args, tensors: Tensors) -> Stored:
         tensors.shape(names[2], ("F32",), (1,))
 
     def nvfp4(tensor: Read) -> Weight | Dense:
-        by = tensor(names[1]).float() / tensor(names[2])
-        return codes.fp4(tensor(names[0]), by)
+        return codes.two_level_fp4(*map(tensor, names))
 
     def mxfp4(tensor: Read) -> Weight | Dense:
         return codes.fp4(tensor(names[0]), codes.powers(tensor(names[1]).view(torch.uint8)))

@@ -9,6 +9,7 @@ Scales of the activations (`input_scale`, `activation_scale`) are not used.
 Source: DeepSeek-AI, DeepSeek-V3, arXiv:2412.19437, section 3.3; FBGEMM's row-wise float8.
 """
 
+import math
 from collections.abc import Mapping
 
 import torch
@@ -56,7 +57,7 @@ def one(name: str, tensors: Tensors, block: Json) -> Stored:
     given = tensors.shape(scale, SCALES)
     rows, columns = block or (1, K)
     blocks = (*lead, -(-N // rows), -(-K // columns))
-    is_one = given in ((), (1,), (1, 1))
+    is_one = given in ((), (1,), (1, 1)) and (block is None or math.prod(blocks) == 1)
     if not is_one and given not in (blocks, blocks[:-1] if block is None else blocks):
         tensors.refuse(scale, f"of shape {blocks}, for {shape}", given)
     module, _, leaf = name.rpartition(".")

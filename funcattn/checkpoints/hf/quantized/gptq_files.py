@@ -60,7 +60,7 @@ def _one(module: str, own: Mapping[str, Json], tensors: Tensors) -> Stored:
     tensors.shape(names["scales"], FLOATS, (K // size, N))
     tensors.shape(names["qzeros"], WORDS, (K // size, N * bits // 32))
     order = f"{module}.g_idx"
-    if order in tensors.found:
+    if order in tensors.found or (own.get("desc_act") and size < K):
         tensors.shape(order, ("I32", "I64"), (K,))
         names["g_idx"] = order
 

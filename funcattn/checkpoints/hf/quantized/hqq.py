@@ -57,6 +57,9 @@ def _one(module: str, tensors: Tensors) -> Stored:
     R, C = packed[0] * 8 // bits, packed[1]
     if N < 1 or K < 1 or R * C != N * K or axis not in (0, 1):
         tensors.refuse(name("W_q"), f"the codes of ({N}, {K})", packed)
+    for part, size in (("nbits", bits), ("group_size", C if axis else R)):
+        if name(part) in tensors.found and (told := _number(tensors, name(part))) != size:
+            tensors.refuse(name(part), f"{size}, as {name('W_q')} has it", told)
     sizes = (R, 1) if axis else (1, C)
     for part in ("scale", "zero"):
         tensors.shape(name(part), FLOATS, sizes)

@@ -48,7 +48,7 @@ def _one(prefix: str, tensors: Tensors) -> Stored:
     if given not in ((), (1,), (N,), (1, 1), (N, G)) or K % G:
         tensors.refuse(scale, f"of one number, or of groups of ({N}, {K})", given)
     parts = [coded, scale]
-    if zero in tensors.found:
+    if kind == "IntxUnpackedToInt8Tensor" or (kind == "Int8Tensor" and zero in tensors.found):
         if tensors.shape(zero, ("I8", "I32", "I64", *FLOATS)) != given:
             tensors.refuse(zero, f"of shape {given}", tensors.found[zero].shape)
         parts.append(zero)

@@ -11,14 +11,24 @@ import torch
 from coded import CASES, Coded, gptq, mxfp4_linear, of_gptq, of_groups, pack_quantized
 from safetensors.torch import load_file, save_file
 from samples import CONFIG, params
+from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 import funcattn as fa
 from funcattn import sharding
 from funcattn.checkpoints import CheckpointError
 from funcattn.checkpoints.hf.folder import read_folder
-from funcattn.checkpoints.hf.quantized import Entry, Tensors, find
+from funcattn.checkpoints.hf.quantized import Entry, Tensors, find, matrix
 from funcattn.cli import main
-from funcattn.quantization import Int4, Int8, Int8Affine, OrderedInt4, expand, is_quantized, packing
+from funcattn.quantization import (
+    Codebook,
+    Int4,
+    Int8,
+    Int8Affine,
+    OrderedInt4,
+    expand,
+    is_quantized,
+    packing,
+)
 
 LEAVES = {
     **{leaf: f"self_attn.{leaf}_proj" for leaf in "qkvo"},
@@ -38,6 +48,17 @@ def plain(tmp_path_factory):
     return load_file(folder / "model.safetensors"), json.loads((folder / "config.json").read_text())
 
 
+def kinds_of(tensors, settings):
+    """The metadata of a matrix: of torchao its class."""
+    if settings.get("quant_method") != "torchao":
+        return {}
+    codes = tensors.get("_weight_qdata", torch.zeros(1))
+    zeros = "_weight_zero_point" in tensors
+    integers = "IntxUnpackedToInt8Tensor" if zeros else "Int8Tensor"
+    kinds = {torch.float8_e4m3fn: "Float8Tensor", torch.int8: integers}
+    return {"weight": json.dumps({"_type": kinds.get(codes.dtype), "_data": {}})}
+
+
 def write(folder, plain, coded, settings, names=module, **changes):
     """A folder whose matrices of the first layer are in codes."""
     tensors, config = dict(plain[0]), {**plain[1], **changes}
@@ -45,15 +66,8 @@ def write(folder, plain, coded, settings, names=module, **changes):
     for leaf, made in coded.items():
         del tensors[f"{names(leaf)}.weight"]
         tensors |= {f"{names(leaf)}.{end}": x.contiguous() for end, x in made.tensors.items()}
-        if settings.get("quant_method") == "torchao":
-            kinds = {
-                torch.float8_e4m3fn: "Float8Tensor",
-                torch.int8: "IntxUnpackedToInt8Tensor"
-                if "_weight_zero_point" in made.tensors
-                else "Int8Tensor",
-            }
-            kind = kinds[made.tensors["_weight_qdata"].dtype]
-            metadata[f"{names(leaf)}.weight"] = json.dumps({"_type": kind, "_data": {}})
+        kinds = kinds_of(made.tensors, settings)
+        metadata |= {f"{names(leaf)}.{name}": kind for name, kind in kinds.items()}
     folder.mkdir(exist_ok=True)
     save_file(tensors, folder / "model.safetensors", metadata=metadata)
     field = "quantization" if "quant_method" not in settings else "quantization_config"
@@ -105,7 +119,68 @@ def test_codes_and_scales_are_those_of_the_file(tmp_path, plain, case):
         assert not told
 
 
-@pytest.mark.parametrize("case", ["gptq", "gptq in act-order", "bitsandbytes nf4", "fp8", "mlx"])
+FOUR_BITS = ["gptq", "gptq in act-order", "awq", "pack-quantized", "nvfp4", "mxfp4", "mlx", "hqq"]
+
+
+@pytest.mark.parametrize("case", [*FOUR_BITS, "bitsandbytes nf4", "fp8", "int-quantized"])
+def test_codes_of_4_bits_take_no_more_memory_than_in_the_file(case):
+    """At most 1.3 times, the bar of a whole folder."""
+    make, settings = CASES[case]
+    made = make(np.random.default_rng(0), 64, 1024)
+    names = {f"m.q_proj.{end}": x.contiguous() for end, x in made.tensors.items()}
+    entries = {n: Entry(tuple(x.shape), TYPES[x.dtype], n, "f") for n, x in names.items()}
+    (stored,) = find(settings, Tensors(entries, {}, names.__getitem__)).matrices.values()
+    record = stored.read(names.__getitem__)
+    assert sum(x.nbytes for x in record) <= 1.3 * sum(x.nbytes for x in names.values())
+
+
+def test_scales_of_two_levels_are_those_of_one(tmp_path, plain):
+    """nvfp4 stays in float8 with a divisor, and every number is that of float32 scales."""
+    coded, settings = made_of("nvfp4")
+    (_, found, _), _ = load(write(tmp_path / "m", plain, coded, settings))
+    weight, file = found.layers[0].down, coded["down"].tensors
+    assert weight.scale.dtype == torch.float8_e4m3fn
+    wide = weight.at_one_level
+    by = file["weight_scale"].float() / file["weight_global_scale"]
+    assert isinstance(wide, Codebook)
+    assert torch.equal(wide.scale, by)
+    assert torch.equal(expand(weight), expand(wide))
+    x = fa.random.normal(fa.key(0), (3, weight.shape[-1]))
+    f = lambda weight: lambda x: fa.layers.linear(weight, x)
+    assert torch.equal(f(weight)(x), f(wide)(x))
+    assert torch.equal(torch.func.vmap(f(weight))(x), torch.func.vmap(f(wide))(x))
+    grad = lambda weight: torch.func.grad(lambda x: f(weight)(x).square().sum())(x)
+    assert torch.equal(grad(weight), grad(wide))
+    each = [fa.layers.embed(one, torch.tensor([2, 0])) for one in (weight, wide)]
+    assert torch.equal(*each)
+    fa.save(tmp_path / "again", CONFIG, found)
+    again = fa.load(tmp_path / "again").params.layers[0].down
+    assert type(again) is type(weight)
+    assert all(torch.equal(a.float(), b.float()) for a, b in zip(again, weight, strict=True))
+
+
+def test_scales_of_two_levels_run_on_a_mesh(tmp_path, plain):
+    coded, settings = made_of("nvfp4")
+    (config, found, _), _ = load(write(tmp_path / "m", plain, coded, settings))
+    model, mesh, params = fa.decoder(config), sharding.Grid(tensor=2), fa.cast(torch.float32)(found)
+    specs = sharding.specs(params, mesh, sharding.tensor_parallel(config, size=2))
+    f = lambda params, tokens: model.hidden(params, tokens)[0]
+    tokens = torch.arange(12) % 7
+    got = sharding.shard_map(f, mesh, (specs, sharding.P()), sharding.P())(params, tokens)
+    want = f(params, tokens)
+    # float32 through a layer of large weights
+    assert torch.allclose(got, want, atol=1e-4 * float(want.abs().max()))
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        *FOUR_BITS,
+        *("gptq 8 bits with zeros", "pack-quantized 8 bits", "int-quantized", "float-quantized"),
+        *("float-quantized by blocks", "fp8", "fbgemm", "bitsandbytes nf4", "bitsandbytes int8"),
+        *("torchao", "torchao float8"),
+    ],
+)
 def test_logits_are_those_of_the_dequantized_model(tmp_path, plain, case):
     coded, settings = made_of(case)
     (config, found, _), _ = load(write(tmp_path / "m", plain, coded, settings))
@@ -224,6 +299,7 @@ TYPES = {
     torch.uint8: "U8",
     torch.uint32: "U32",
     torch.float8_e4m3fn: "F8_E4M3",
+    torch.float64: "F64",
 }
 VALUES = (None, True, -1, 0, 10**30, 0.5, "x", [], ["x"], [1, 2], {}, {"x": 1}, [{}], "re:(")
 
@@ -347,6 +423,12 @@ def test_experts_of_gpt_oss_stay_in_codes(tmp_path):
     assert torch.equal(expand(layer.gate).double(), gate_up[:, ::2])
     assert torch.equal(expand(layer.up).double(), gate_up[:, 1::2])
     assert torch.equal(expand(layer.down).double(), want["model.layers.0.mlp.experts.down_proj"])
+    for name, leaf in (("gate_up_proj", layer.up), ("down_proj", layer.down)):
+        parts = [
+            tensors[f"model.layers.0.mlp.experts.{name}_{end}"] for end in ("blocks", "scales")
+        ]
+        theirs = convert_moe_packed_tensors(*parts, dtype=torch.float32).mT  # of transformers
+        assert torch.equal(expand(leaf), theirs[:, 1::2] if name == "gate_up_proj" else theirs)
     model, tokens = fa.decoder(config), torch.arange(6)
     got, plain = (
         model.logits(p, model.hidden(p, tokens)[0]) for p in (found, fa.dequantize(found))
@@ -371,6 +453,10 @@ def drop(name):
 
 def put(name, value):
     return lambda tensors, settings: settings.update({name: value})
+
+
+def add(name, x):
+    return lambda tensors, settings: tensors.update({name: x})
 
 
 def cut(name, axis=0):
@@ -409,6 +495,7 @@ FAULTS = {
     "cut off": ("gptq", cut("scales"), r"scales in model.safetensors .*\(2, 64\), got \(1, 64\)"),
     "cut columns": ("gptq", cut("qweight", 1), "qweight"),
     "order": ("gptq", filled("g_idx", 9), "g_idx"),
+    "no order": ("gptq in act-order", drop("g_idx"), "g_idx should be there"),
     "pattern": ("gptq", put("dynamic", {"+:(": {}}), "dynamic"),
     "rules": ("gptq", put("dynamic", {"+:a": 2}), "dynamic"),
     "layout of awq": ("awq", put("version", "gemv"), "version .*'gemm', got 'gemv'"),
@@ -429,6 +516,7 @@ FAULTS = {
     "transform": ("pack-quantized", put("transform_config", {"a": {}}), "transform_config"),
     "block": ("fp8", put("weight_block_size", [32]), "weight_block_size"),
     "other block": ("fp8", put("weight_block_size", [16, 32]), r"weight_scale_inv .*\(4, 2\)"),
+    "one scale": ("fp8", add("weight_scale_inv", torch.ones(1, 1)), r"weight_scale_inv .*\(2, 2\)"),
     "no scale": ("fp8", drop("weight_scale_inv"), "weight_scale_inv should be there"),
     "no state": (
         "bitsandbytes nf4",
@@ -450,6 +538,13 @@ FAULTS = {
     "packing": ("hqq", filled("packing", 65), "packing"),
     "axis": ("hqq", filled("axis", 2), "W_q"),
     "as floats": ("hqq", filled("view_as_float", 1), "view_as_float"),
+    "groups of hqq": ("hqq", filled("group_size", 16), "group_size .*32, as"),
+    "bits of hqq": ("hqq", filled("nbits", 8), "nbits .*4, as"),
+    "zeros of floats": (
+        "torchao float8",
+        add("_weight_zero_point", torch.ones(64, 1, dtype=torch.int8)),
+        "zero_point",
+    ),
     "codes": ("torchao", put("quant_method", "awq"), "awq"),
     "nothing": ("gptq", put("quant_method", "hqq"), "hqq"),
 }
@@ -461,6 +556,114 @@ def test_what_is_not_as_the_format_says_is_refused(tmp_path, plain, fault):
     coded, settings = spoiled(case, change)
     with pytest.raises(CheckpointError, match=rf"(?s)load: .*{words}"):
         load(write(tmp_path / "m", plain, coded, settings))
+
+
+ALLOWED = {  # other files that are as right
+    ("pack-quantized in act-order", "no weight_g_idx"),  # written only where an order was used
+    ("fp8 cut off", "groups of 32"),  # as many blocks as of 40
+}
+
+
+def damaged(tensors):
+    """(what was done, the tensors of a matrix): each left out, of other sizes, of another type."""
+    for name, x in tensors.items():
+        longer = lambda x, axis: torch.cat([x, x.narrow(axis, 0, 1)], axis)
+        each = {f"shorter {i}": x.narrow(i, 0, n - 1) for i, n in enumerate(x.shape)}
+        each |= {
+            f"longer {i}": longer(x.view(torch.uint8), i).view(x.dtype)
+            for i in range(x.dim())
+            if x.element_size() == 1
+        }
+        each |= {f"longer {i}": longer(x, i) for i in range(x.dim()) if x.element_size() > 1}
+        each |= {"deeper": x[None], "flat": x.flatten(), "turned": x.T if x.dim() == 2 else x}
+        each |= {"retyped": x.int() if x.is_floating_point() else x.float(), "wide": x.double()}
+        yield f"no {name}", {key: y for key, y in tensors.items() if key != name}
+        for change, y in each.items():
+            yield f"{name} {change}", {**tensors, name: y.contiguous()}
+
+
+def other_groups(settings):
+    """The settings with other sizes of groups, right ones among them."""
+    for size in (8, 16, 24, 32, 48, 64, 96, 0, -1, -3, 7, "32", 1.5, True, 10**6, [32]):
+        changed = json.loads(json.dumps(settings))
+        if "config_groups" in changed:
+            weights = changed["config_groups"]["group_0"]["weights"]
+            is_block = "block_structure" in weights
+            weights |= {"block_structure": [size] * 2} if is_block else {"group_size": size}
+        elif settings.get("quant_method") == "fp8":
+            changed["weight_block_size"] = [size] * 2
+        elif "group_size" in changed:
+            changed["group_size"] = size
+        yield f"groups of {size}", changed
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_what_is_missing_or_of_other_sizes_is_refused_or_changes_nothing(tmp_path, plain, case):
+    """Never another matrix: of each tensor of a matrix, and of the size of its groups.
+
+    What its reader takes, as a file with fewer rows or with one tensor more, the load refuses.
+    """
+    coded, settings = made_of(case, ["down"])
+    tensors = coded["down"].tensors
+    metadata = kinds_of(tensors, settings)
+
+    def read(tensors, settings):
+        names = {f"m.down_proj.{end}": x for end, x in tensors.items()}
+        entries = {n: Entry(tuple(x.shape), TYPES[x.dtype], n, "f") for n, x in names.items()}
+        file = Tensors(entries, {f"m.down_proj.{k}": x for k, x in metadata.items()}, names.get)
+        found = find(settings, file).matrices.values()
+        return found, [matrix(stored.read(lambda name: names[name].clone())) for stored in found]
+
+    (_, (want,)), refused, left = read(tensors, settings), 0, {}
+    given = [(what, changed, settings) for what, changed in damaged(tensors)]
+    given += [(what, tensors, changed) for what, changed in other_groups(settings)]
+    for what, *changed in given:
+        try:
+            (stored,), (got,) = read(*changed)
+        except CheckpointError:
+            refused += 1
+            continue
+        parts = {f"m.down_proj.{end}" for end in changed[0]}
+        if not torch.equal(got, want) or not parts <= {*stored.parts}:
+            left[what] = changed
+    assert refused >= 10
+    for what, changed in left.items():
+        if (case, what) not in ALLOWED:
+            folder = write(tmp_path / "m", plain, {"down": Coded(changed[0], None)}, changed[1])
+            with pytest.raises(CheckpointError):
+                load(folder)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda blocks, scales: (blocks, None), "_scales should be there"),
+        (lambda blocks, scales: (blocks, scales[..., :-1]), "_scales in .*shape"),
+        (lambda blocks, scales: (blocks[:, :-1], scales), "_scales in .*shape"),
+        (lambda blocks, scales: (blocks[..., :8], scales), r"_blocks in .*16\)"),
+        (lambda blocks, scales: (blocks.flatten(-2), scales), "_blocks in"),
+        (lambda blocks, scales: (blocks.int(), scales), "_blocks in .*of type U8, got I32"),
+        (lambda blocks, scales: (blocks, scales.float()), "_scales in .*of type U8, got F32"),
+        (lambda blocks, scales: (blocks, scales | 255), "_scales in .*NaN"),
+        (lambda blocks, scales: (blocks[:2], scales[:2]), "of another shape"),
+    ],
+)
+def test_damaged_experts_of_gpt_oss_are_refused(tmp_path, change, words):
+    config = fa.families.read_config(GPT_OSS)
+    fa.save(tmp_path / "m", config, fa.decoder(config).init(fa.key(0)))
+    tensors = load_file(tmp_path / "m" / "model.safetensors")
+    name = "model.layers.0.mlp.experts.down_proj"
+    X, K, N = tensors.pop(name).shape
+    scales = torch.full((X, N, K // 32), 120, dtype=torch.uint8)
+    blocks, scales = change(torch.zeros(X, N, K // 32, 16, dtype=torch.uint8), scales)
+    tensors |= {f"{name}_blocks": blocks.contiguous()}
+    tensors |= {} if scales is None else {f"{name}_scales": scales.contiguous()}
+    save_file(tensors, tmp_path / "m" / "model.safetensors")
+    settings = json.loads((tmp_path / "m" / "config.json").read_text())
+    settings["quantization_config"] = {"quant_method": "mxfp4"}
+    (tmp_path / "m" / "config.json").write_text(json.dumps(settings))
+    with pytest.raises(CheckpointError, match=rf"(?s)load: .*{words}"):
+        fa.load(tmp_path / "m")
 
 
 def test_a_matrix_twice_is_refused(tmp_path, plain):
