@@ -165,8 +165,8 @@ def _(
     first = min(rows.first_seen(positions, window)[0] // R, held)
     D, bits = cache.tail_v.shape[-1], _bits(cache)[0]
     if known is not None and held > first and not why_not_coded(cache):
-        some = cache.k[first:held], cache.v[first:held]
-        codes = coded_rows.segment(*some, layer, positions - first * R, window, R, D, bits)
+        some, tail = range(first, held), cache.tail_k
+        codes = coded_rows.segment(cache.k, cache.v, some, layer, positions, window, R, tail, bits)
         if codes is not None:
             parts.append(codes)
             first = held
