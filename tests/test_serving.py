@@ -5,6 +5,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.func import vmap
 
 import funcattn as fa
 from funcattn import caches, serving
@@ -72,10 +73,11 @@ REQUESTS = st.lists(
     count=st.integers(1, 3),
     sampler=st.sampled_from([greedy, WARM]),
     shared=st.booleans(),
+    donate=st.booleans(),
 )
-def test_a_schedule_of_arrivals_is_each_text_alone(kind, requests, count, sampler, shared):
+def test_a_schedule_of_arrivals_is_each_text_alone(kind, requests, count, sampler, shared, donate):
     """Requests are (length of the prompt, steps, steps of the others before it may come); each
-    takes the first free slot.
+    takes the first free slot. Slots are donated or copied.
     """
     kind = KINDS[kind]
     prefix = MODEL.apply(PARAMS, TOKENS[50:57], empty(kind))[1] if shared else ()
@@ -100,10 +102,13 @@ def test_a_schedule_of_arrivals_is_each_text_alone(kind, requests, count, sample
                 steps=steps,
                 sampler=sampler,
                 chunk=4,
+                donate=donate,
             )
             who[slot] = i
         assert slots.busy.tolist() == [i is not None for i in who]
-        served, slots = serving.step(MODEL, PARAMS, slots, sampler=sampler, stop=STOP)
+        served, slots = serving.step(
+            MODEL, PARAMS, slots, sampler=sampler, stop=STOP, donate=donate
+        )
         assert served.drawn.tolist() == [i is not None for i in who]
         for slot, i in enumerate(who):
             if i is not None:
@@ -127,6 +132,33 @@ def test_a_step_and_an_arrival_leave_the_slots_as_they_were():
     for now, then in zip(optree.tree_leaves(one), optree.tree_leaves(before), strict=True):
         assert torch.equal(now, then)
     assert not slots.busy.any()
+
+
+@pytest.mark.parametrize("kind", ["dense", "int8"])
+def test_donated_slots_are_written_in_place(kind):
+    """Rows of a dense past, and of the tail of one in codes; the slots before are gone."""
+    past = empty(caches.quantized(block=9, recent=8) if kind == "int8" else KINDS[kind])
+    enter = lambda slots, slot: serving.enter(
+        fa.key(slot), MODEL, PARAMS, TOKENS[:5], slots, slot, steps=9, donate=True
+    )
+    rows = lambda slots: slots.slots.cache.k if kind == "dense" else slots.slots.cache.tail_k
+    first = enter(serving.idle(MODEL, PARAMS, past, 3), 1)
+    second = enter(first, 2)
+    third = serving.step(MODEL, PARAMS, second, donate=True)[1]
+    fourth = serving.step(MODEL, PARAMS, serving.leave(third, 1), donate=True)[1]
+    assert rows(first).data_ptr() == rows(fourth).data_ptr()
+    fifth = serving.step(MODEL, PARAMS, fourth)[1]
+    assert rows(fifth).data_ptr() != rows(fourth).data_ptr()
+    serving.step(MODEL, PARAMS, fourth)
+    for use in (
+        lambda: serving.step(MODEL, PARAMS, second),
+        lambda: serving.leave(first, 1),
+        lambda: enter(first, 0),
+    ):
+        with pytest.raises(ValueError, match=r"slots should be those of the last call, got slots "):
+            use()
+    with pytest.raises(ValueError, match="the call should be outside of every transform"):
+        vmap(lambda _: serving.step(MODEL, PARAMS, fifth, donate=True)[0])(torch.zeros(2))
 
 
 def test_what_a_step_reads_is_what_the_longest_remembers_and_not_what_is_reserved():

@@ -6,10 +6,12 @@ from operator import attrgetter
 from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, UntypedStorage
 
 from ..core.autograd import has_tangent, transforming
+from ..core.tensor_cache import prepared_from
 from ..kernels import CodedSegment, Part
+from ..kernels.coded import addresses
 from . import rows
 from .codes import QuantizedBlock, decode_keys, decode_values
 
@@ -35,34 +37,62 @@ def tensors(k: Sequence[QuantizedBlock], v: Sequence[QuantizedBlock]) -> list[Te
 
 
 def segment(
-    k: Sequence[QuantizedBlock],
-    v: Sequence[QuantizedBlock],
+    k: tuple[QuantizedBlock, ...],
+    v: tuple[QuantizedBlock, ...],
+    some: range,
     layer: int,
     positions: Tensor,
     window: int | None,
     R: int,
-    D: int,
+    tail: Tensor,
     bits: int,
 ) -> Part | None:
-    """Blocks of one layer, for tokens at these positions, counted from the first of their rows.
+    """Some blocks of one layer, of those of a cache with this tail of keys (L, K, C, D).
 
-    None where the operator does not read them: many tokens, autograd, transforms, compilers.
+    positions: of tokens that see them, counted from the first row of all blocks. None where the
+    operator does not read them: many tokens, autograd, transforms, compilers.
     """
     if torch.compiler.is_compiling() or transforming() or len(positions) > MAX_QUERIES:
         return None
-    codes = tensors(k, v)
-    if (torch.is_grad_enabled() and any(map(_REQUIRES_GRAD, codes))) or has_tangent(codes):
+    read_k, read_v = k[some.start : some.stop], v[some.start : some.stop]
+    if torch.is_grad_enabled() and any(map(_REQUIRES_GRAD, tensors(read_k, read_v))):
         return None
-    if positions.is_meta:
+    if has_tangent(read_k, read_v) or positions.is_meta:
         return None
-    n = len(k) * R
+    D, first, n = tail.shape[-1], some.start * R, some.stop * R
 
     def decode() -> tuple[Tensor, Tensor, Any]:
-        keys, values = decoded(k, v, layer, R, D)
-        found = rows.read(keys, values, positions, window, stop=n)
+        keys, values = decoded(read_k, read_v, layer, R, D)
+        found = rows.read(keys, values, positions - first, window, stop=n - first)
         return found[0] if found else Part(keys[:, :0], values[:, :0])
 
-    each = [0] * len(positions)
-    each = each if window is None else (positions - (window - 1)).clamp(0, n).tolist()
-    coded = CodedSegment(codes, layer, R, bits, [(begin, n) for begin in each], decode)
+    each = [first] * len(positions)
+    each = each if window is None else (positions - (window - 1)).clamp(first, n).tolist()
+    table = _table(k, v, some.stop, R, bits, tail)
+    coded = CodedSegment(table, layer, [(begin, n) for begin in each], decode)
     return cast(Part, coded)  # which has its fields
+
+
+def _table(
+    k: tuple[QuantizedBlock, ...],
+    v: tuple[QuantizedBlock, ...],
+    count: int,
+    R: int,
+    bits: int,
+    tail: Tensor,
+) -> Tensor:
+    """The addresses of the first `count` blocks, which all layers of a step have in common.
+
+    They are cached as long as the tail, which no two caches with other blocks have in common where
+    `write` made them. Their storages are cached too, so that no address is dangling.
+    """
+
+    def make() -> tuple[tuple[object, ...], list[UntypedStorage], Tensor]:
+        codes = tensors(k[:count], v[:count])
+        table = addresses(codes, R, bits, tail.shape[-1])
+        return (k, v, count), [x.untyped_storage() for x in codes], table
+
+    (its_k, its_v, its_count), _, table = prepared_from([tail], make, "addresses")
+    if its_k is k and its_v is v and its_count == count:
+        return table
+    return make()[2]

@@ -98,6 +98,9 @@ def _(cache: Cache, delta: Delta, n: int | Tensor, donate: bool) -> Cache:
         k[..., here, :] = new.k[..., : new.count, :]
         v[..., here, :] = new.v[..., : new.count, :]
         return Cache(k, v, new.after)
+    pairs = (cache.k, new.k), (cache.v, new.v)
+    if donate and (found := rows.overwritten(pairs, new.before, new.count)) is not None:
+        return Cache(*found, new.after)
     step = torch.arange(new.k.shape[-2], device=new.k.device)
     # Rejected rows go to the scratch row.
     row = torch.where(step < new.count, cache.length + step, capacity(cache))

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..core import errors
+from ..core.autograd import is_recorded
 from ..core.doors import made
 from ..kernels import Part
 from ..records import record
@@ -178,7 +179,7 @@ def _(cache: Pages, delta: Delta, n: int | Tensor, donate: bool) -> Pages:
     for i in _touched(cache, new.count if new.known else T):
         for blocks, more in ((k, new.k), (v, new.v)):
             at = new.before - i * R
-            own = donate and new.known and not (more.requires_grad or blocks[i].requires_grad)
+            own = donate and new.known and not is_recorded(more, blocks[i])
             # A stride above 0: an earlier write made this block (unwritten ones are expanded).
             if own and blocks[i].stride(-1):
                 lo, hi = max(at, 0), min(at + new.count, R)

@@ -94,7 +94,8 @@ def write(cache: AnyKind, delta: Delta, n: int | Tensor, donate: bool) -> AnyKin
         n: an int or an integer tensor (), checked where it is concrete; under vmap and
             torch.compile `admit` checks it.
         donate: whether tensors that were copied by `grow` or made by an earlier write may be
-            written in place.
+            written in place: where `is_recorded` of them is False, and under vmap by
+            `rows.overwritten`.
 
     Returns:
         A cache of the same kind and shapes.

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from ..core import errors
-from ..core.autograd import differentiated
+from ..core.autograd import differentiated, is_recorded
 from ..core.doors import made
 from ..kernels import Part, coded
 from ..records import record
@@ -165,8 +165,8 @@ def _(
     first = min(rows.first_seen(positions, window)[0] // R, held)
     D, bits = cache.tail_v.shape[-1], _bits(cache)[0]
     if known is not None and held > first and not why_not_coded(cache):
-        some = cache.k[first:held], cache.v[first:held]
-        codes = coded_rows.segment(*some, layer, positions - first * R, window, R, D, bits)
+        some, tail = range(first, held), cache.tail_k
+        codes = coded_rows.segment(cache.k, cache.v, some, layer, positions, window, R, tail, bits)
         if codes is not None:
             parts.append(codes)
             first = held
@@ -221,7 +221,7 @@ def _(cache: QuantizedCache, delta: Delta, n: int | Tensor, donate: bool) -> Qua
         )
         cache = cache._replace(first_k=first_k, first_v=first_v)
     if not new.known:
-        return _write_masked(cache, new)
+        return _write_masked(cache, new, donate)
     R = _block(cache)
     was, now = _coded_blocks(cache, new.before), _coded_blocks(cache, new.before + new.count)
     begin = max(new.before - _sinks(cache), 0)  # in the rows behind the first ones
@@ -232,7 +232,7 @@ def _(cache: QuantizedCache, delta: Delta, n: int | Tensor, donate: bool) -> Qua
         for tail, more in ((cache.tail_k, new.k), (cache.tail_v, new.v))
     )
     if was == now:
-        if donate and not any(x.requires_grad for pair in pairs for x in pair):
+        if donate and not is_recorded(*pairs):
             for tail, more in pairs:
                 tail[..., held : held + count, :] = more
             return cache._replace(length=new.after)
@@ -255,7 +255,7 @@ def _(cache: QuantizedCache, delta: Delta, n: int | Tensor, donate: bool) -> Qua
     )
 
 
-def _write_masked(cache: QuantizedCache, new: Admitted) -> QuantizedCache:
+def _write_masked(cache: QuantizedCache, new: Admitted, donate: bool) -> QuantizedCache:
     """`write` for values that are not concrete: each row under vmap fills its own blocks.
 
     Only blocks that some row of the batch fills are computed.
@@ -267,7 +267,8 @@ def _write_masked(cache: QuantizedCache, new: Admitted) -> QuantizedCache:
     pairs = ((cache.tail_k, new.k), (cache.tail_v, new.v))
     some = errors.peek(now > was)
     if some is not None and not bool(some.any()):
-        k, v = (rows.written(tail, more, at, new.count) for tail, more in pairs)
+        found = rows.overwritten(pairs, at, new.count) if donate else None
+        k, v = found or (rows.written(tail, more, at, new.count) for tail, more in pairs)
         return cache._replace(tail_k=k, tail_v=v, length=new.after)
     _check_constant(cache, new)
 

@@ -2,7 +2,8 @@
 
 Where lengths are concrete, rows are sliced. Where they are not (lengths that differ under vmap,
 torch.compile), rows are masked when read and gathered when written: row r takes new row r - at,
-so no two new rows are written to the same index.
+so no two new rows are written to the same index. Tensors without another user are written in place
+under vmap too (`overwritten`).
 """
 
 import itertools
@@ -13,6 +14,7 @@ from torch import Tensor
 from torch._C import _functorch  # pyright: ignore[reportAttributeAccessIssue]
 
 from ..core import errors
+from ..core.autograd import differentiated, mapped_rows
 from ..kernels import Part
 from ..masks import Mask
 
@@ -89,6 +91,49 @@ def written(x: Tensor, new: Tensor, at: int | Tensor, n: int | Tensor) -> Tensor
     source = torch.arange(S, device=x.device) - at
     hit = ((source >= 0) & (source < n)).unsqueeze(-1)
     return torch.where(hit, new.index_select(-2, source.clamp(0, T - 1)), x)
+
+
+def overwritten(
+    pairs: Sequence[tuple[Tensor, Tensor]], at: int | Tensor, n: int | Tensor
+) -> list[Tensor] | None:
+    """`written` for pairs (x, new), into x itself; None where that is not possible.
+
+    It is possible under vmap alone, without derivatives, where each x has memory for each row of
+    the vmaps. T rows are written, at .. at + T modulo S, which are all different: of these, rows
+    that are not replaced get what they have.
+
+    Law: as `written`, and no row is changed that `written` does not replace
+        (test_rows.py::test_rows_are_overwritten_as_written).
+    """
+    tensors = [x for x in (at, n, *[new for _, new in pairs]) if isinstance(x, Tensor)]
+    if not mapped_rows() or any(map(differentiated, (*tensors, *[x for x, _ in pairs]))):
+        return None
+    levels = {level for x in tensors for level in _mapped(x)}
+    if not all(
+        0 < new.shape[-2] <= x.shape[-2] and levels <= {*_mapped(x)} and _has_own_memory(x)
+        for x, new in pairs
+    ):
+        return None
+    return [_put(x, new, at, n) for x, new in pairs]
+
+
+def _put(x: Tensor, new: Tensor, at: int | Tensor, n: int | Tensor) -> Tensor:
+    step = torch.arange(new.shape[-2], device=x.device)
+    row = at + step
+    hit = (step < n) & (row >= 0) & (row < x.shape[-2])
+    rows, row = x.movedim(-2, 0), row.remainder(x.shape[-2])
+    hit = hit.reshape(-1, *[1] * (x.dim() - 1))
+    some = torch.where(hit, new.movedim(-2, 0), rows.index_select(0, row))
+    torch.ops.aten.index_put_(rows, [row], some)
+    return x
+
+
+def _has_own_memory(x: Tensor) -> bool:
+    """False for an expanded tensor, whose entries have memory in common."""
+    whole = errors.peek(x)
+    return whole is not None and all(
+        step or size < 2 for step, size in zip(whole.stride(), whole.shape, strict=True)
+    )
 
 
 def bounds(x: int | Tensor, most: int) -> tuple[int, int]:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from ..core import errors
+from ..core.autograd import is_recorded
 from ..core.doors import made
 from ..kernels import Part
 from ..masks import END
@@ -195,7 +196,7 @@ def _(cache: Ring, delta: Delta, n: int | Tensor, donate: bool) -> Ring:
         kept = [x[..., x.shape[-2] - R :, :].clone() for x in kept]
         tails = [torch.zeros_like(x) for x in tails]
         return Ring(*[*sinks, *kept, *tails, new.after.clone(), new.after])
-    if donate and not any(x.requires_grad for x in (new.k, new.v, *tails)):
+    if donate and not is_recorded(new.k, new.v, *tails):
         for tail, more in zip(tails, (new.k, new.v), strict=True):
             tail[..., held : held + new.count, :] = more[..., : new.count, :]
     else:

@@ -4,7 +4,7 @@
 
 Matrices are read once for all texts. A past that is not mapped has an axis of texts of size one,
 and is read once for all of them; behind vmap of vmap, one of each outer row is read once for the
-inner rows.
+inner rows. Codes are not mapped (`pasts.codes_in_common`), and read once too.
 """
 
 from collections.abc import Sequence

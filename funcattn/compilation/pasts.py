@@ -6,6 +6,7 @@ from torch import Tensor
 
 from .. import caches
 from ..caches import Branch, Cache, KVCache, QuantizedCache
+from .conditions import is_mapped
 
 
 class Codes(NamedTuple):
@@ -28,3 +29,15 @@ def parts_of(cache: KVCache) -> tuple[list[Cache], Codes]:
         dense, tensors, rows, bits = caches.rows_and_codes(cache)
         return dense, Codes(tensors, rows, bits)
     return [cast(Cache, cache)], NO_CODES
+
+
+def codes_in_common(cache: KVCache) -> bool:
+    """True where the codes of a past in codes, and their number, are not mapped.
+
+    The operator then reads them once for all texts of a vmap.
+    """
+    if isinstance(cache, Branch):
+        return codes_in_common(cache.prefix)
+    if not isinstance(cache, QuantizedCache) or is_mapped(cache.length):
+        return False
+    return not any(map(is_mapped, parts_of(cache)[1].tensors))

@@ -27,7 +27,7 @@ from ..tree import Tree
 from . import fused
 from .compiled import Rows, rows, several
 from .conditions import MAX_STEP_TOKENS, is_dense, is_mapped, is_plain, is_plainly_mapped, is_step
-from .pasts import parts_of
+from .pasts import codes_in_common, parts_of
 
 # layers of one compiled function, at most: measured in docs/decisions/a-few-layers-are-one-graph.md
 MAX_COMPILED_LAYERS = 5
@@ -73,7 +73,7 @@ class Stack:
             return None
         T, held = len(tokens) * max(many, 1), self.held
         in_codes = not is_dense(cache)
-        if many and in_codes:
+        if many and in_codes and not codes_in_common(cast(KVCache, cache)):
             return None
         alone = many or in_codes or len(tokens) > MAX_STEP_TOKENS  # the operator runs it, or none
         if alone and (T > tiles.MOST_FLOATS or not self._is_served(cast(KVCache, cache))):

@@ -5,13 +5,14 @@
     served, slots = step(model, params, slots)                      one decode step of every slot
 
 All three are pure: the slots are a pytree stacked on its first axis, and a step is `vmap` of the
-step of one slot. A slot becomes free in the step in which its text ends, so no text waits for the
-longest; the only padding is the unused token of a free slot. Token i of a text is drawn with
-`split(key, steps)[i]`, as in `generate`, so it does not depend on the other slots.
+step of one slot. A server that has no use for the slots before a step passes `donate=True`: rows
+are then written in place, where a pure step copies all that is remembered. A slot becomes free in
+the step in which its text ends, so no text waits for the longest; the only padding is the unused
+token of a free slot. Token i of a text is drawn with `split(key, steps)[i]`, as in `generate`, so
+it does not depend on the other slots.
 
 Source: Yu et al., Orca: A distributed serving system for transformer-based generative models, OSDI
-    2022 (iteration-level
-scheduling).
+    2022 (iteration-level scheduling).
 """
 
 from collections.abc import Sequence
@@ -24,6 +25,7 @@ from torch.func import vmap
 from .. import caches, collectives, randomness, sampling, transformer, tree
 from ..caches import Branch, KVCache
 from ..core import errors
+from ..core.autograd import has_tangent, transforming
 from ..core.doors import door
 from ..models import Model, Past
 from ..records import ABSENT, is_absent, record
@@ -31,6 +33,8 @@ from ..sampling import Sampler
 from ..tree import Tree
 from .loop import is_stop, prefill
 from .requests import check_prompt
+
+DONATED = -1  # tokens left in slots that were donated
 
 
 @record
@@ -90,8 +94,8 @@ def idle(
     Args:
         model, params: a decoder and its weights.
         past: the empty cache of each slot, `model.cache(size)`, with room for a prompt and its
-            continuation. Of the cache kinds, `Pages` copies least in a step, and a `Ring` has room
-            for texts of any length.
+            continuation. A `Cache` is written in place where slots are donated, of the other kinds
+            `Pages` copies least in a step, and a `Ring` has room for texts of any length.
         count: B, how many texts are decoded side by side.
         sampler: the sampler that `step` will draw with.
         prefix: a cache that every text continues, such as that of a system prompt.
@@ -126,6 +130,7 @@ def enter(
     steps: int,
     sampler: Sampler = sampling.greedy,
     chunk: int = 512,
+    donate: bool = False,
 ) -> Slots:
     """Prefill a prompt into a free slot; the following steps draw at most `steps` tokens for it.
 
@@ -136,14 +141,17 @@ def enter(
         steps: the most tokens to draw, at least 1.
         sampler: that of `idle` and `step`.
         chunk: tokens of the prompt that are read at a time.
+        donate: write into the tensors of the given slots, as in `step`.
 
     Raises:
-        ValueError: the slot is busy or has no room for prompt and text, or the prompt is empty.
+        ValueError: the slot is busy or has no room for prompt and text, or the prompt is empty; the
+            slots were donated.
 
     Law: the text is that of `generate` with this key, whatever the other slots hold
         (test_serving.py).
     """
     B = slots.slots.left.shape[0]
+    _check_held("enter", slots, donate)
     if not 0 <= slot < B:
         errors.fail(
             "enter", "slot", f"between 0 and {B - 1}", slot, "There are as many slots as idle made."
@@ -191,7 +199,10 @@ def enter(
     _check_sampler("enter", state, before.state)
     state = sampling.observe_prompt(sampler, prompt, state)
     here = Slot(cache, logits, key, torch.zeros_like(left), left, state)
-    return slots._replace(slots=_put(slots.slots, before, here, slot))
+    after = _put(slots.slots, before, here, slot, donate)
+    if donate:
+        slots.slots.left.fill_(DONATED)
+    return slots._replace(slots=after)
 
 
 @door
@@ -202,17 +213,31 @@ def step(
     *,
     sampler: Sampler = sampling.greedy,
     stop: Sequence[int] = (),
+    donate: bool = False,
 ) -> tuple[Served, Slots]:
     """One decode step: draw a token in every busy slot, and read it unless it was the last.
 
     A text ends after its `steps` tokens or at an id of `stop`, which counts as its last token; its
     slot is free in the slots that are returned.
 
+    Args:
+        model, params, slots, sampler: as in `idle` and `enter`.
+        stop: ids that end a text.
+        donate: write into the tensors of the given slots where their kind of cache allows it
+            (`Cache`, and the tail of a `QuantizedCache`), instead of copying all that is
+            remembered. The given slots, and any that share their tensors, must not be used
+            afterwards; those given raise.
+
     Raises:
-        ValueError: the logits of a text are NaN, or the sampler leaves no token to draw.
+        ValueError: the logits of a text are NaN, or the sampler leaves no token to draw; the slots
+            were donated, or a transform is active and they should be.
         TypeError: stop is not a sequence of ids.
+
+    Law: donated or not, a step gives the same (test_serving.py).
     """
     errors.stops("step", stop)
+    _check_held("step", slots, donate)
+    commit = caches.commit_donated if donate else caches.commit
     _check_sampler(
         "step",
         sampling.begin(sampler, slots.slots.logits[0]),
@@ -227,7 +252,7 @@ def step(
         ended = (slot.left == 1) | is_stop(token, stop)
         goes_on = busy & ~ended
         x, delta = model.hidden(params, token.unsqueeze(0), _behind(slots.prefix, slot.cache))
-        cache = caches.commit(slot.cache, delta, goes_on.long())
+        cache = commit(slot.cache, delta, goes_on.long())
         cache = transformer.renewed(model, params, cache) if is_absent(slots.prefix) else cache
         logits = torch.where(goes_on, model.logits(params, x[-1]), 0)
         state = tree.map(lambda new, old: torch.where(busy, new, old), state, slot.state)
@@ -243,12 +268,15 @@ def step(
         return Served(token, busy, busy & ended), after
 
     served, after = vmap(one)(slots.slots)
+    if donate:
+        slots.slots.left.fill_(DONATED)
     return served, slots._replace(slots=after)
 
 
 @door
 def leave(slots: Slots, slot: int) -> Slots:
     """The slots with one of them free: its text ends at the tokens drawn so far."""
+    _check_held("leave", slots)
     here = torch.arange(slots.slots.left.shape[0], device=slots.slots.left.device) == slot
     one = slots.slots
     cache = vmap(caches.reset, (0, None, 0))(one.cache, slots.empty, here)
@@ -263,12 +291,30 @@ def _check_sampler(function: str, state: Tree, held: Tree) -> None:
         errors.fail(function, "sampler", f"that of idle, with a state of {kept}", given, remedy)
 
 
+def _check_held(function: str, slots: Slots, donate: bool = False) -> None:
+    """Fail where the slots were donated, or cannot be."""
+    if errors.is_true(slots.slots.left == DONATED):
+        remedy = "Go on with the slots that were returned, or leave donate=True out."
+        errors.fail(function, "slots", "those of the last call", "slots that were donated", remedy)
+    if donate and (transforming() or has_tangent(slots) or torch.compiler.is_compiling()):
+        remedy = "Leave donate=True out: a donation cannot be undone."
+        errors.fail(function, "the call", "outside of every transform", "one inside", remedy)
+
+
 def _behind(prefix: Past, cache: KVCache) -> KVCache:
     return cache if is_absent(prefix) else Branch(prefix, cache)
 
 
-def _put(stacked: Tree, before: Tree, after: Tree, slot: int) -> Tree:
+def _put(stacked: Slot, before: Slot, after: Slot, slot: int, donate: bool) -> Slot:
     """The stacked tree with one row replaced; leaves that are identical in both are not copied."""
     index = torch.tensor([slot], device=stacked.left.device)
-    put = lambda rows, old, new: rows if new is old else rows.index_copy(0, index, new.unsqueeze(0))
+
+    def put(rows: Tensor, old: Tensor, new: Tensor) -> Tensor:
+        if new is old:
+            return rows
+        # counts are small, and `left` tells the slots that were donated from those returned
+        own = donate and rows.dtype != torch.int64 and all(rows.stride())
+        own = own and not (rows.requires_grad or new.requires_grad)
+        return (rows.index_copy_ if own else rows.index_copy)(0, index, new.unsqueeze(0))
+
     return tree.map(put, stacked, before, after)

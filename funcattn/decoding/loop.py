@@ -19,7 +19,7 @@ from torch import Tensor
 from .. import caches, randomness, sampling, transformer
 from ..caches import Delta, KVCache
 from ..core import errors
-from ..core.autograd import has_tangent, transforming
+from ..core.autograd import has_tangent, mapped_rows, transforming
 from ..models import Model, Past
 from ..tree import Tree
 from .requests import Request, check_numbers
@@ -234,8 +234,11 @@ def append(model: Model, params: Tree, cache: KVCache, delta: Delta, n: Tensor |
 
 
 def commit_owned(cache: KVCache, delta: Delta, n: Tensor | int) -> KVCache:
-    """Commit to a cache that has no other user: in place outside transforms, else out of place."""
-    seen = transforming() or has_tangent(cache, delta) or torch.compiler.is_compiling()
+    """Commit to a cache that has no other user: in place outside transforms and under vmap alone,
+    else out of place.
+    """
+    other = transforming() and not mapped_rows()
+    seen = other or has_tangent(cache, delta) or torch.compiler.is_compiling()
     return caches.commit(cache, delta, n) if seen else caches.commit_donated(cache, delta, n)
 
 

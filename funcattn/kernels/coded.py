@@ -27,21 +27,18 @@ MOST_FEATURES = 512  # of a head, as in native/matrices.h
 
 @dataclass(frozen=True, eq=False)
 class CodedSegment:
-    """Coded rows start .. stop of one layer, for tokens of which each sees them from `begin` on.
+    """Coded rows of one layer, for tokens of which each sees some of them.
 
     Args:
-        codes: of each block the codes, scale and low of keys and those of values, with all layers.
+        table: int64, where the blocks of all layers are in memory, as `addresses` gives it.
         layer: which of them.
-        rows: of a block.
-        bits: of a code.
         seen: the rows that each token sees, (from, to), counted in the blocks.
-        decode: gives keys (K, S, D), values and mask, as a `KVSegment` has them.
+        decode: gives keys (K, S, D), values and mask, as a `KVSegment` has them; it holds the
+            blocks, so that the addresses are valid as long as this segment.
     """
 
-    codes: Sequence[Tensor]
+    table: Tensor
     layer: int
-    rows: int
-    bits: int
     seen: Sequence[tuple[int, int]]
     decode: Callable[[], tuple[Tensor, Tensor, Any]]
 
@@ -80,6 +77,20 @@ def why_not(D: int, Dv: int, rows: int, dtype: torch.dtype, device: torch.device
     return native.load()
 
 
+def addresses(codes: Sequence[Tensor], rows: int, bits: int, size: int) -> Tensor:
+    """Where the numbers of these tensors are in memory, int64 (1 + blocks, 6), and their sizes.
+
+    Valid as long as all of them live.
+
+    Args:
+        codes: of each block the codes, scale and low of keys and those of values, with all layers.
+        rows: of a block.
+        bits: of a code.
+        size: features of a head.
+    """
+    return torch.ops.funcattn.coded_table(codes, rows, bits, size)
+
+
 def attend(q: Tensor, segments: Sequence[Any], scale: float | Tensor) -> Tensor | None:
     """Attention (H, T, D) of a few queries over one coded segment and others, in one call.
 
@@ -101,10 +112,8 @@ def attend(q: Tensor, segments: Sequence[Any], scale: float | Tensor) -> Tensor 
         return None
     out = torch.ops.funcattn.coded_attend(
         q.contiguous(),
-        coded[0].codes,
+        coded[0].table,
         coded[0].layer,
-        coded[0].rows,
-        coded[0].bits,
         plain[1:],
         [bound for token in zip(*some, strict=True) for part in token for bound in part],
         scale,

@@ -4,7 +4,8 @@ building    load: compile, cache, register with torch; or the reason why not
 products.h  the arithmetic of products; floats.h that of the operations between them; lanes.h the
             vector instructions of both (AVX2, AVX-512 VNNI)
 products.cpp  funcattn::products: matrices times vectors
-coded.cpp   funcattn::coded_attend: attention over a past in codes; codes.h its arithmetic
+coded.cpp   funcattn::coded_attend: attention over a past in codes, of which coded_table says where
+              it is in memory; codes.h its arithmetic
 layers.cpp  funcattn::layers: all layers of a decoder for a few tokens of one text or of several;
               matrices.h is common
 dense.cpp   funcattn::linear: a matrix of floats times many vectors

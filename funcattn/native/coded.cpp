@@ -1,4 +1,6 @@
 // The operator funcattn::coded_attend, for the CPU: attention of a few queries over a past in codes, beside rows of floats; see codes.h.
+// The past comes as a table of addresses, which funcattn::coded_table makes of its tensors: there are hundreds, and to pass these, and
+// to find in memory where each has its numbers, would take as long in each layer as to read the codes.
 
 #include <algorithm>
 #include <cmath>
@@ -18,6 +20,10 @@ using torch::stable::Tensor;
 
 bool is_float(const Tensor& x) { return x.scalar_type() == torch::headeronly::ScalarType::Float; }
 
+int64_t features_of(int64_t D) { return D % 64 ? D : 64; }  // of a group of values
+
+int64_t rotation_of(int64_t D) { return std::min<int64_t>(D & -D, 256); }
+
 // f(k, v, k_step, v_step, rows) of what a token sees of a head of each part.
 template <class F>
 void each_part(const Tensors& parts, int64_t head, const int64_t* seen, const F& f) {
@@ -29,15 +35,30 @@ void each_part(const Tensors& parts, int64_t head, const int64_t* seen, const F&
   }
 }
 
-// q (H, T, D); parts: keys and values (K, S, D) of each part in floats; seen (T, 1 + parts, 2): the rows from .. to that a token sees of
-// the codes, and of each part; codes as in CodedPast.
-Tensor coded_attend(Tensor q, Tensors codes, int64_t layer, int64_t rows, int64_t bits, Tensors parts, std::vector<int64_t> seen, double scale) {
+constexpr int64_t TABLE = 0x636f646564;  // the first number of a table
+
+// int64 (1 + blocks, 6): TABLE and the sizes of the past; then the addresses of a block's codes, scale and low of keys and of values. It is
+// valid as long as all these tensors live, and codes as in CodedPast.
+Tensor coded_table(Tensors codes, int64_t rows, int64_t bits, int64_t D) {
+  const CodedPast past(codes, rows, bits, D);
+  const Tensor table = torch::stable::new_empty(codes[0], {1 + past.count, 6}, torch::headeronly::ScalarType::Long);
+  int64_t* const to = (int64_t*)table.data_ptr();
+  const int64_t sizes[] = {TABLE, past.layers, past.heads, rows, bits, D};
+  std::copy(sizes, sizes + 6, to);
+  for (size_t i = 0; i < past.at.size(); i++) to[6 + i] = (int64_t)past.at[i];
+  return table;
+}
+
+// q (H, T, D); table as coded_table gives it; parts: keys and values (K, S, D) of each part in floats; seen (T, 1 + parts, 2): the rows
+// from .. to that a token sees of the codes, and of each part.
+Tensor coded_attend(Tensor q, Tensor table, int64_t layer, Tensors parts, std::vector<int64_t> seen, double scale) {
   const int64_t count = int64_t(parts.size()) / 2;
   WANTED(q.dim() == 3 && q.numel() > 0 && q.is_contiguous() && is_float(q), "q should be contiguous float32 (H, T, D), not empty");
   const int64_t H = q.size(0), T = q.size(1), D = q.size(2);
-  const CodedPast past(codes, rows, bits, D);
+  const CodedPast past(table);
+  WANTED(past.D == D, "q should have as many features as the past");
   WANTED(0 <= layer && layer < past.layers, "layer should be one of the past");
-  const int64_t K = past.heads, bounds = 2 * (count + 1);
+  const int64_t K = past.heads, rows = past.rows, bounds = 2 * (count + 1);
   WANTED(H % K == 0, "H should be a multiple of the heads of the past");
   WANTED(int64_t(seen.size()) == T * bounds, "seen should be (T, 1 + parts, 2)");
   for (const Tensor& x : parts)
@@ -108,8 +129,18 @@ Tensor coded_attend(Tensor q, Tensors codes, int64_t layer, int64_t rows, int64_
 
 }  // namespace
 
+CodedPast::CodedPast(const Tensor& table) {
+  WANTED(table.dim() == 2 && table.size(1) == 6 && table.is_contiguous() && table.scalar_type() == torch::headeronly::ScalarType::Long,
+         "table should be int64 (1 + blocks, 6), from coded_table");
+  const int64_t* const of = (const int64_t*)table.data_ptr();
+  WANTED(table.size(0) > 1 && of[0] == TABLE, "table should be from coded_table");
+  count = table.size(0) - 1, layers = of[1], heads = of[2], rows = of[3], bits = of[4], D = of[5];
+  features = features_of(D), rotation = rotation_of(D);
+  at.assign((const char* const*)(of + 6), (const char* const*)(of + 6 * (1 + count)));
+}
+
 CodedPast::CodedPast(const Tensors& codes, int64_t rows, int64_t bits, int64_t D)
-    : count(int64_t(codes.size()) / 6), rows(rows), bits(bits), D(D), features(D % 64 ? D : 64), rotation(std::min<int64_t>(D & -D, 256)) {
+    : count(int64_t(codes.size()) / 6), rows(rows), bits(bits), D(D), features(features_of(D)), rotation(rotation_of(D)) {
   WANTED(!codes.empty() && codes.size() % 6 == 0, "codes, scale and low of keys and of values for each block");
   WANTED((bits == 4 || bits == 8) && rows > 0 && rows % 32 == 0, "blocks of 32 rows or a multiple, in 4 or 8 bits");
   WANTED(D > 0 && D % 32 == 0 && D <= MOST_FEATURES, "heads of a multiple of 32 features, to 512");
@@ -137,7 +168,11 @@ Coded CodedPast::of(int64_t layer, int64_t head, CodedBlock* blocks) const {
 }
 
 STABLE_TORCH_LIBRARY_FRAGMENT(funcattn, m) {
-  m.def("coded_attend(Tensor q, Tensor[] codes, int layer, int rows, int bits, Tensor[] parts, int[] seen, float scale) -> Tensor");
+  m.def("coded_table(Tensor[] codes, int rows, int bits, int size) -> Tensor");
+  m.def("coded_attend(Tensor q, Tensor table, int layer, Tensor[] parts, int[] seen, float scale) -> Tensor");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(funcattn, CPU, m) { m.impl("coded_attend", TORCH_BOX(&coded_attend)); }
+STABLE_TORCH_LIBRARY_IMPL(funcattn, CPU, m) {
+  m.impl("coded_table", TORCH_BOX(&coded_table));
+  m.impl("coded_attend", TORCH_BOX(&coded_attend));
+}

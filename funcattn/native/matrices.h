@@ -74,7 +74,8 @@ const Coding& coding();
 // A past in codes, checked: of each block codes, scale and low of keys, then of values, (layers, K, ..).
 struct CodedPast {
   CodedPast(const Tensors& codes, int64_t rows, int64_t bits, int64_t D);
+  explicit CodedPast(const torch::stable::Tensor& table);  // as funcattn::coded_table gives it
   Coded of(int64_t layer, int64_t head, CodedBlock* blocks) const;  // blocks: room for `count`
   int64_t count, rows, bits, D, features, rotation, layers = 0, heads = 0;
-  std::vector<const char*> at;
+  std::vector<const char*> at;  // 6 addresses a block
 };

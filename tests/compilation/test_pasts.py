@@ -100,12 +100,53 @@ def test_what_the_operator_does_not_read_runs_as_the_model_does(calls, config, o
     assert not calls
 
 
-def test_rows_of_a_batch_read_codes_as_the_model_does(calls):
-    fast, past = fa.compile(MODEL, backend="eager"), remembering(200)
-    tokens = TOKENS[:6].reshape(3, 2)
-    step = lambda model: vmap(lambda tokens: model.extend(PARAMS, tokens, past)[0])(tokens)
-    torch.testing.assert_close(step(fast), step(MODEL), rtol=1e-5, atol=1e-5)
+@pytest.mark.parametrize("bits", [8, 4])
+def test_rows_of_a_batch_read_codes_in_common_once(calls, bits):
+    """Behind a past that is not mapped, or tails of their own behind it; vmap of vmap too."""
+    fast, past = fa.compile(MODEL, backend="eager"), remembering(200, bits=bits)
+    tokens = TOKENS[:12].reshape(2, 3, 2)
+    step = lambda model: vmap(lambda tokens: model.extend(PARAMS, tokens, past))(tokens[0])
+    check(step(fast), step(MODEL))
+    grow = lambda tokens: fa.commit(
+        Branch(past, MODEL.cache(9)), MODEL.extend(PARAMS, tokens, past)[1], tokens[0] % 3
+    )
+    branches = vmap(vmap(grow))(tokens).tail
+    step = lambda model: vmap(
+        vmap(lambda tokens, tail: model.extend(PARAMS, tokens, Branch(past, tail)))
+    )(tokens, branches)
+    check(step(fast), step(MODEL))
+    assert [len(codes.tensors) for codes in calls] == [12, 12]
+
+
+def test_rows_of_a_batch_with_codes_of_their_own_run_as_the_model_does(calls):
+    fast = fa.compile(MODEL, backend="eager")
+    pasts = [remembering(n, bits=4) for n in (200, 130)]
+    pasts = fa.tree.map(lambda *leaves: torch.stack(leaves), *pasts)
+    tokens = TOKENS[:4].reshape(2, 2)
+    step = lambda model: vmap(lambda tokens, past: model.extend(PARAMS, tokens, past))(
+        tokens, pasts
+    )
+    check(step(fast), step(MODEL))
     assert not calls
+
+
+def test_futures_of_a_past_in_codes_are_each_alone(calls):
+    """Until a block fills, whose codes are those of a future, the operator runs; as the model does
+    behind it.
+    """
+    fast, past = fa.compile(MODEL, backend="eager"), remembering(130, bits=4)
+    write = lambda model: (
+        lambda key: fa.generate(
+            *(key, model, PARAMS, TOKENS[:1], past), steps=30, sampler=fa.sampling.temperature(1.0)
+        )
+    )
+    keys = fa.split(fa.key(3), 3)
+    got, after = vmap(write(fast))(keys)
+    run = len(calls)
+    assert 0 < run < 30
+    assert after.length.tolist() == [160] * 3
+    for i, key in enumerate(keys):
+        assert torch.equal(got[i], write(MODEL)(key)[0])
 
 
 def test_a_compiled_model_writes_what_the_model_writes():

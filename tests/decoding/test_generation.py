@@ -194,6 +194,28 @@ def test_generation_leaves_the_past_unchanged():
         assert same(past, before)
 
 
+@pytest.mark.parametrize(
+    "kind",
+    [Cache, caches.quantized(block=4, recent=2), caches.pages(4), caches.ring(9, tail=4)],
+    ids=["dense", "codes", "pages", "ring"],
+)
+def test_generation_leaves_mapped_pasts_unchanged(kind):
+    """Though under vmap too rows are written in place, into tails that the loop has made."""
+    read = lambda n: MODEL.apply(
+        PARAMS, TOKENS[:n], MODEL.cache(30, kind=kind, dtype=torch.float64)
+    )[1]
+    pasts, keys = stack([read(7), read(10)]), fa.split(fa.key(1), 2)
+    for behind in (lambda past: past, lambda past: Branch(past_of(7), past)):
+        write = lambda key, past, behind=behind: fa.generate(
+            key, MODEL, PARAMS, PROMPT, behind(past), steps=9, sampler=WARM
+        )
+        before = optree.tree_map(torch.clone, pasts)
+        got = vmap(write)(keys, pasts)[0]
+        assert same(pasts, before)
+        for b in range(2):
+            assert torch.equal(got[b], write(keys[b], take(pasts, b))[0])
+
+
 def test_the_returned_past_forks_joins_and_grows():
     tokens, branch = fa.generate(
         fa.key(1), MODEL, PARAMS, PROMPT, past_of(0), steps=4, sampler=WARM

@@ -2,6 +2,8 @@
 codes stand for, for every group, window and mask that it takes; the plain route for all others.
 """
 
+import weakref
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -9,7 +11,7 @@ from hypothesis import strategies as st
 
 import funcattn as fa
 from funcattn import caches, native
-from funcattn.caches import Delta, quantized
+from funcattn.caches import Delta, coded_rows, quantized
 from funcattn.kernels import CodedSegment, KVSegment, attend_segments, coded
 from funcattn.testing import dense
 
@@ -172,18 +174,74 @@ def test_a_segment_in_codes_is_read_like_one_of_rows():
     assert k.shape == v.shape == (K, 17, 32)  # of rows 36 .. 67, a block, those from 51 on
 
 
-def test_the_operator_refuses_what_it_cannot_read():
+def test_the_operators_refuse_what_they_cannot_read():
     past = filled(quantized(block=32, recent=0), 90, 32)
-    segment = caches.past(past, 0, past.length.reshape(1))[1]
-    q = torch.ones(4, 1, 32)
-    run = lambda q, codes, seen: torch.ops.funcattn.coded_attend(q, codes, 0, 32, 8, [], seen, 1.0)
-    seen = [0, 64]
-    assert run(q, segment.codes, seen).shape == q.shape
+    table = caches.past(past, 0, past.length.reshape(1))[1].table
+    codes = coded_rows.tensors(past.k[:2], past.v[:2])
+    run = lambda q, table, layer, seen: torch.ops.funcattn.coded_attend(
+        q, table, layer, [], seen, 1.0
+    )
+    q, seen = torch.ones(4, 1, 32), [0, 64]
+    assert run(q, table, 0, seen).shape == q.shape
+    assert torch.equal(coded.addresses(codes, 32, 8, 32), table)
     for wrong, message in (
-        ((q, segment.codes[:5], seen), "codes, scale and low"),
-        ((q, segment.codes, [0, 65]), "within the rows"),
-        ((torch.ones(3, 1, 32), segment.codes, seen), "multiple of the heads"),
-        ((q, [x.double() if x.is_floating_point() else x for x in segment.codes], seen), "float32"),
+        ((q, table, 0, [0, 65]), "within the rows"),
+        ((q, table, L, seen), "layer should be one"),
+        ((torch.ones(3, 1, 32), table, 0, seen), "multiple of the heads"),
+        ((torch.ones(4, 1, 64), table, 0, seen), "as many features"),
+        ((q, table + 1, 0, seen), "from coded_table"),
+        ((q, table[:1], 0, seen), "from coded_table"),
+        ((q, table.double(), 0, seen), "from coded_table"),
+        ((q, table[:, :5], 0, seen), "from coded_table"),
     ):
         with pytest.raises(RuntimeError, match=message):
             run(*wrong)
+    for wrong, message in (
+        ((codes[:5], 32, 8, 32), "codes, scale and low"),
+        (([x.double() if x.is_floating_point() else x for x in codes], 32, 8, 32), "float32"),
+        ((codes, 64, 8, 32), "of the same sizes"),
+        ((codes, 32, 8, 48), "multiple of 32 features"),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            coded.addresses(*wrong)
+
+
+def test_addresses_are_those_of_the_blocks_that_are_read():
+    """Whatever caches share with each other, whatever was written since; none keeps a block."""
+    past = filled(quantized(block=32, recent=0), 90, 32)
+    other = filled(quantized(block=32, recent=0), 90, 32, seed=1)
+    q, place = fa.random.normal(fa.key(1), (4, 1, 32)), past.length.reshape(1)
+    read = lambda past: attend_segments(q, caches.past(past, 0, place), scale=0.2)
+    exact = lambda past: attend_segments(
+        q, [KVSegment(*each) for each in caches.past(past, 0, place)], scale=0.2
+    )
+    mixed = past._replace(k=other.k)  # the tail of one, the keys of the other
+    shorter = past._replace(length=torch.tensor(50))  # one block of two
+    for each in (past, mixed, past, shorter, other, past):
+        torch.testing.assert_close(read(each), exact(each), rtol=1e-5, atol=1e-6)
+    past.k[0].low.add_(1.0)
+    torch.testing.assert_close(read(past), exact(past), rtol=1e-5, atol=1e-6)
+    codes, storage = other.k[0].codes, weakref.ref(other.v[0].scale)
+    before = read(other)
+    codes.data = torch.zeros_like(codes)  # torch does not count it: what was there is read
+    assert torch.equal(read(other), before)
+    del other, mixed, codes
+    assert storage() is None
+
+
+def test_a_table_is_made_once_a_step(monkeypatch):
+    made, make = [], coded.addresses
+    monkeypatch.setattr(
+        coded_rows, "addresses", lambda *args: made.append(len(args[0])) or make(*args)
+    )
+    config = fa.Config(layers=3, heads=4, kv_heads=2, head_size=32)
+    model, tokens = fa.decoder(config), torch.arange(90) % 7
+    params = model.init(fa.key(0))
+    past = model.cache(130, kind=quantized(block=32, recent=0))
+    past = model.apply(params, tokens, past)[1]
+    model.extend(params, tokens[:1], past)
+    assert made == [12]
+    again = fa.commit(past, model.extend(params, tokens[:2], past)[1], 1)
+    assert made == [12]
+    model.extend(params, tokens[:1], again)
+    assert made == [12, 12]

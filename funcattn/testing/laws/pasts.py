@@ -184,8 +184,8 @@ def any_program_reads_as_its_rows_and_changes_no_earlier_value(
 
     And no value changes later. A fork is a second use of a value, rewinding a use of an older one;
     so the program picks any value made so far. It commits some tokens of a new delta to it, by an
-    int or under vmap, or in place into tensors that it copied, as `generate` does; or it shortens
-    it by its length, where the kind can.
+    int or under vmap, or in place into tensors that it copied, as `generate` does, by an int or
+    under vmap; or it shortens it by its length, where the kind can.
     """
     law, T = any_program_reads_as_its_rows_and_changes_no_earlier_value, 3
     values: list[tuple[Any, Delta, Any]] = []
@@ -200,16 +200,26 @@ def any_program_reads_as_its_rows_and_changes_no_earlier_value(
         past, rows, _ = values[which % len(values)]
         delta, held = _delta(here, T), rows.k[0].shape[-2]
         n = min(count % (T + 1), size - held)
-        if how % 4 == 0:
+        if how % 5 == 0:
             after = caches.commit(past, delta, n)
-        elif how % 4 == 1:
+        elif how % 5 == 1:
             one = vmap(lambda n, past=past, delta=delta: caches.commit(past, delta, n))(
                 torch.tensor([n, 0])
             )
             after = tree.map(lambda x: x[0], one)
-        elif how % 4 == 2:
+        elif how % 5 == 2:
             n, after = 0, _rewound(past, count % (held + 1))
             rows = rows if after is past else _rows(rows, 0, count % (held + 1))
+        elif how % 5 == 3:  # a copy is continued in place, beside others that get other rows
+            a, b = n // 2, n - n // 2
+            if how % 2:  # by as many rows, of deltas that differ
+                both = tree.map(lambda x: torch.stack([x, -x]), delta)
+                one = vmap(lambda some, past=past, a=a, b=b: _continued(past, some, a, b))(both)
+            else:
+                one = vmap(lambda a, b, past=past, delta=delta: _continued(past, delta, a, b))(
+                    torch.tensor([a, 0]), torch.tensor([b, 0])
+                )
+            after, delta = tree.map(lambda x: x[0], one), _twice(delta, a, b)
         else:  # a copy is continued in place, and every value on the way is returned
             middle = caches.commit_donated(caches.grow(past, 0), _rows(delta, 0, n // 2), n // 2)
             remember(middle, _joined(rows, _rows(delta, 0, n // 2)))
@@ -263,6 +273,15 @@ def _delta(key: Tensor, T: int) -> Delta:
 
 def _rows(delta: Delta, start: int, stop: int) -> Delta:
     return Delta(*(tuple(x[..., start:stop, :] for x in side) for side in delta))
+
+
+def _continued(past: Any, delta: Delta, a: int | Tensor, b: int | Tensor) -> Any:
+    """The first `a` rows of the delta, then its first `b` rows, in place into a copy."""
+    return caches.commit_donated(caches.commit_donated(caches.grow(past, 0), delta, a), delta, b)
+
+
+def _twice(delta: Delta, a: int, b: int) -> Delta:
+    return _joined(_rows(delta, 0, a), _rows(delta, 0, b))
 
 
 def _rewound(past: KVCache, length: int) -> Any:
