@@ -21,9 +21,9 @@ layers. Three things make it fast:
 
 Under vmap alone the operator runs too, once for all rows (see `mapped`). Under every other
 transform of torch.func, and where only compiled code would run, the original model does: every
-transform works and is exact. So it does where compiled code gains nothing: a long prompt (bound by
-the same matrix products), a given mask other than that of a tree of drafts, or a cache that is not
-dense.
+transform works and is exact. So it does where compiled code gains nothing: a given mask other than
+that of a tree of drafts, a cache that is not dense, or a long prompt, which is bound by the same
+matrix products; of most models it is one operator too (see `prefill`).
 
 Source: Ansel et al., PyTorch 2, ASPLOS 2024.
 """
@@ -46,6 +46,7 @@ from ..records import ABSENT
 from ..transformer import Params
 from ..tree import Tree
 from .conditions import MAX_OPERATOR_TOKENS, is_dense, is_mapped, is_plain, is_plainly_mapped
+from .prefill import MIN_TOKENS, Prefill, prepared
 from .stack import Stack
 
 
@@ -83,7 +84,9 @@ class Compiled(Model):
                 f"{_replacing(self, 'hidden')} in the place of hidden, which is not compiled: "
                 "layers run eagerly"
             )
-        return self.stack.explain(params)
+        how = self.stack.explain(params)
+        of_prompts = prepared(self.config, params, MIN_TOKENS)
+        return f"{how}; prompts: one call of the operator funcattn::prompt" if of_prompts else how
 
 
 @door
@@ -137,6 +140,7 @@ def _compiled(model: Model, depth: int | None, backend: str) -> Compiled:
     if config is None or model.made is None:
         _refuse(model)
     stack = Stack(config, model.kernel, depth, backend, model.code)
+    prefill = Prefill(config, model.kernel)
 
     @door
     @functools.wraps(model.hidden)
@@ -154,6 +158,9 @@ def _compiled(model: Model, depth: int | None, backend: str) -> Compiled:
         plain = mask is None and positions is None
         forms = stack.forms(params, tokens, cache) if plain or among else None
         if forms is None:
+            found = prefill.hidden(params, tokens, cache) if plain else None
+            if found is not None:
+                return found
             return model.hidden(params, tokens, cache, mask=mask, positions=positions)
         return stack.hidden(params, tokens, cache, forms, square, positions)
 

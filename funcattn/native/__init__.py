@@ -8,7 +8,8 @@ coded.cpp   funcattn::coded_attend: attention over a past in codes, of which cod
               it is in memory; codes.h its arithmetic
 layers.cpp  funcattn::layers: all layers of a decoder for a few tokens of one text or of several;
               matrices.h is common
-dense.cpp   funcattn::linear: a matrix of floats times many vectors
+dense.cpp   funcattn::linear: a matrix of floats times many vectors; many.h what is common to
+prompts.cpp   funcattn::prompt: all layers of a decoder for many tokens of one text
 words.cpp   funcattn::words: random words, by the cipher of cipher.h
 attention   attention.cpp: funcattn::native_attend and native_attend_jvp; forward.h their
               arithmetic on the products and the exponential of gemm.h; vectors.h the vectors

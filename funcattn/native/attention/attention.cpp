@@ -288,7 +288,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, bool> attend_jvp(Tensor q, Tensor k, 
   return {out, lse, dout, dlse, run(a)};
 }
 
-std::tuple<Tensor, Tensor, bool> attend(Tensor q, Tensor k, Tensor v, Tensors mask, Some bias, double scale) {
+std::tuple<Tensor, Tensor, bool> value(Tensor q, Tensor k, Tensor v, Tensors mask, Some bias, double scale) {
   const auto [out, lse, dout, dlse, finite] = attend_jvp(q, k, v, {}, {}, {}, mask, bias, scale, false);
   return {out, lse, finite};
 }
@@ -299,7 +299,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, bool> value_and_tangent(Tensor q, Ten
 
 }  // namespace
 
+bool attend(Attention& a) { return run(a); }
+
 STABLE_TORCH_LIBRARY_IMPL(funcattn, CPU, m) {
-  m.impl("native_attend", TORCH_BOX(&attend));
+  m.impl("native_attend", TORCH_BOX(&value));
   m.impl("native_attend_jvp", TORCH_BOX(&value_and_tangent));
 }

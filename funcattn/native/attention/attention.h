@@ -67,3 +67,6 @@ struct Kernels {
   void (*merge)(const Attention&, const Block&, float* state, const float* other);
   bool (*finish)(const Attention&, const Block&, float* state);  // gives whether all is finite
 };
+
+// Attention as described, all of it: to out and lse, and their tangents. Gives whether all of it is finite.
+bool attend(Attention& a);

@@ -1,0 +1,25 @@
+// What the operators for many vectors share: products of floats (dense.cpp), and what stands between products.
+#pragma once
+
+#include <cstdint>
+
+#include <torch/csrc/stable/tensor.h>
+
+// A matrix (N, K) of floats, and where its results go. `step` is the distance of its rows, or of its columns where these are contiguous.
+struct Dense {
+  const float* w;
+  float* y;
+  int64_t N, step;
+  bool by_columns;
+};
+
+Dense dense_of(const torch::stable::Tensor& weight);
+
+// y = W x, y += W x, or y = silu(W0 x) * W1 x of two matrices, to the y of the first.
+enum Finish { STORE, ADD, GATE };
+
+// Several matrices times the same T vectors x (T, K), rows `x_step` apart, to rows `y_step` apart of the y of each.
+void multiply(const Dense* which, int64_t count, const float* x, int64_t T, int64_t K, int64_t x_step, int64_t y_step, Finish finish);
+
+// In place, the first R features of some heads of D features, half-split.
+void rotate(float* row, int64_t heads, int64_t D, const float* cos, const float* sin, int64_t R);
