@@ -76,6 +76,26 @@ namespace avx512bf16 {
 using namespace avx512;
 static inline Vec dot(Vec a, Vec b, Vec c) { return _mm512_dpbf16_ps(c, (__m512bh)a, (__m512bh)b); }
 static inline Vec pairs(Vec low, Vec high) { return (Vec)_mm512_cvtne2ps_pbh(high, low); }  // of floats in order, rounded
+static inline Vec zipped(Vec low, Vec high) {  // of each lane, rounded
+  const __m512i lanes = _mm512_cvtepu16_epi32(_mm256_setr_epi16(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15));
+  const __m512i at = _mm512_or_si512(lanes, _mm512_slli_epi32(_mm512_add_epi32(lanes, _mm512_set1_epi32(16)), 16));
+  return _mm512_castsi512_ps(_mm512_permutexvar_epi16(at, _mm512_castps_si512(pairs(low, high))));
+}
+// Two rows of n bfloat16, `step` bytes apart, as pairs padded to `width`; without b, of a and zeros.
+static void zip_rows(const char* a, const char* b, int64_t step, int64_t n, int64_t width, float* to) {
+  uint16_t* const pair = (uint16_t*)to;
+  int64_t d = 0;
+  for (; step == 2 && b && d + VL <= n; d += VL) {
+    const __m512i low = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)(a + 2 * d)));
+    const __m512i high = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)(b + 2 * d)));
+    _mm512_storeu_si512(pair + 2 * d, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
+  }
+  for (; d < width; d++) {
+    pair[2 * d] = pair[2 * d + 1] = 0;
+    if (d < n) __builtin_memcpy(pair + 2 * d, a + d * step, 2);
+    if (d < n && b) __builtin_memcpy(pair + 2 * d + 1, b + d * step, 2);
+  }
+}
 #include "gemm.h"
 }  // namespace avx512bf16
 END_TARGET
