@@ -72,6 +72,8 @@ SOURCES = tuple(
         "attention/contract.cpp",
         "attention/contract.h",
         "attention/program.h",
+        "attention/pairs.h",
+        "attention/work.h",
         "attention/threefry.h",
         "attention/vectors.h",
     )

@@ -91,9 +91,10 @@ def contract(
     axes = max([len(s) for s in shapes] + [x.dim() for x in read]) - 2
     bits = lambda shapes: tuple(_axes(s, axes) for s in shapes)
     numbers, weights, buffers = program(contraction, bits(x.shape for x in read), bits(shapes))
-    outs = [read[Q].new_zeros(tuple(s)) for s in shapes]
+    outs = [read[L].new_zeros(tuple(s)) for s in shapes]
     rows, keys = block_sizes(buffers, read[Q].shape[-2], len(contraction.mask) == 2)
-    torch.ops.funcattn.native_contract(read, numbers, weights, outs, rows, keys)
+    rounds = sum(1 << n for n, dtype in enumerate(dtypes) if dtype == torch.bfloat16)
+    torch.ops.funcattn.native_contract(read, numbers, weights, outs, rows, keys, rounds)
     hides = contraction.mask or contraction.bias != ONES
     return None if hides and not is_finite(outs) else outs
 
@@ -101,7 +102,7 @@ def contract(
 def _readable(contraction: Contraction, tensors: Sequence[Tensor]) -> list[Tensor]:
     """The tensors as the operator reads them, or lse in place of one that it does not read.
 
-    Rows are float32 with contiguous features, and integers int64; dense matrices stay as they are.
+    Rows have contiguous features, lse is float32, and integers are int64.
     """
     query, key, pair = places(contraction)
     rows, integers = query | key, set(contraction.mask) if len(contraction.mask) == 2 else set()
@@ -109,7 +110,7 @@ def _readable(contraction: Contraction, tensors: Sequence[Tensor]) -> list[Tenso
     integers |= {contraction.dropout} - {ONES}
     for place, x in enumerate(tensors):
         if place in rows:
-            x = x.float()
+            x = x.float() if place == L else x
             x = x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
         elif place in integers:
             x = x.long()

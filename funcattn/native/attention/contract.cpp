@@ -20,6 +20,7 @@
 #include "../matrices.h"
 #include "program.h"
 #include "vectors.h"
+#include "work.h"
 
 using namespace contraction;
 
@@ -37,81 +38,11 @@ namespace avx2 {
 }
 END_TARGET
 
-namespace contraction {
-
-Work::Work(const Job& job, int panel, int head)
-    : job(job),
-      program(job.program),
-      rows(int(job.rows)),
-      keys(int(job.keys)),
-      step(int(job.keys) + 16) {
-  const size_t S = size_t(rounded(job.S, panel));
-  size_t used = 0;
-  std::vector<std::pair<float**, size_t>> wanted;  // addresses, and offsets from the first
-  const auto take = [&](float*& to, size_t floats) {
-    wanted.push_back({&to, used});
-    used += size_t(rounded(int64_t(floats), 16));
-  };
-  const auto columns = [&](int tensor) { return job.tensors[tensor].columns; };
-  const auto width = [&](int64_t columns) { return int(rounded(columns, head)); };
-  const auto sized = [](size_t count, auto&... lists) { (lists.assign(count, nullptr), ...); };
-  const Program& p = program;
-  sized(p.buffers, buffers);
-  sized(p.loads.size(), loads);
-  sized(p.packs.size(), packs, packed);
-  sized(p.values.size(), values, copied);
-  sized(p.factors.size(), row_terms, column_terms);
-  sized(p.outputs.size(), sums);
-  for (float*& to : buffers) take(to, size_t(rows + 1) * step);
-  for (size_t n = 0; n < loads.size(); n++) {
-    load_width.push_back(width(columns(p.loads[n].tensor)));
-    take(loads[n], size_t(rows) * load_width[n]);
-  }
-  for (size_t n = 0; n < packs.size(); n++) take(packs[n], S * columns(p.packs[n]));
-  for (size_t n = 0; n < values.size(); n++) {
-    value_width.push_back(width(columns(p.values[n])));
-    if (value_width[n] != columns(p.values[n])) take(values[n], S * value_width[n]);
-  }
-  for (size_t f = 0; f < p.factors.size(); f++) {
-    if (!p.factors[f].rows.empty()) take(row_terms[f], rows);
-    if (!p.factors[f].columns.empty()) take(column_terms[f], S);
-  }
-  for (size_t o = 0; o < sums.size(); o++) {
-    const View& out = job.outputs[0][o];
-    sum_width.push_back(width(out.columns));
-    if (p.outputs[o].side == QUERY) take(sums[o], size_t(rows) * sum_width[o]);
-    if (p.outputs[o].side == KEY && sum_width[o] != out.columns) take(sums[o], S * sum_width[o]);
-  }
-  float* seen = nullptr;
-  take(base, rows);
-  take(log_mass, rows);
-  take(seen, size_t(keys + 3) / 4);
-  room.reset(new float[used + 16]);
-  float* const first = (float*)(uintptr_t(rounded(int64_t(uintptr_t(room.get())), 64)));
-  for (const auto& [to, offset] : wanted) *to = first + offset;
-  hidden = (uint8_t*)seen;
+BEGIN_TARGET_BF16
+namespace avx512bf16 {
+#include "pairs.h"
 }
-
-void Work::move_to(int64_t task, int64_t repeat, int64_t chunk) {
-  int64_t index[MAX_AXES] = {};
-  const auto decode = [&](const std::vector<int>& axes, int64_t flat) {
-    for (size_t a = axes.size(); a-- > 0; flat /= job.sizes[axes[a]])
-      index[axes[a]] = flat % job.sizes[axes[a]];
-  };
-  decode(job.outer, task);
-  decode(job.inner, repeat);
-  nonzero = 0;
-  for (int a = 0; a < job.axes; a++) nonzero |= int64_t(index[a] != 0) << a;
-  const int bytes[] = {4, 2, 2, 1, 8};  // of each Kind
-  const auto move = [&](std::vector<View>& views) {
-    for (View& v : views)
-      for (int a = 0; a < job.axes; a++) v.data += index[a] * v.lead[a] * bytes[v.kind];
-  };
-  x = job.tensors, out = job.outputs[chunk];
-  move(x), move(out);
-}
-
-}  // namespace contraction
+END_TARGET
 
 namespace {
 
@@ -195,8 +126,8 @@ void check(const Job& job) {
   const auto rows = [&](int tensor, int64_t count) -> const View& {
     one_of(tensor, job.tensors.size());
     const View& v = job.tensors[tensor];
-    WANTED(v.kind == FLOAT32 && v.rows == count && (v.column == 1 || v.columns == 1),
-           "float32 rows for each query or key");
+    WANTED(v.kind <= FLOAT16 && v.rows == count && (v.column == 1 || v.columns == 1),
+           "rows of floats for each query or key");
     return v;
   };
   const auto pairs = [&](int tensor) -> const View& {
@@ -207,7 +138,8 @@ void check(const Job& job) {
     return v;
   };
   const auto buffer = [&](int index) { one_of(index, size_t(p.buffers)); };
-  WANTED(rows(p.lse, job.T).columns == 1, "one lse for each query");
+  const View& lse = rows(p.lse, job.T);
+  WANTED(lse.columns == 1 && lse.kind == FLOAT32, "one float32 lse for each query");
   for (const Scaled& x : p.loads) rows(x.tensor, job.T);
   for (int tensor : p.packs) rows(tensor, job.S);
   for (int tensor : p.values) rows(tensor, job.S);
@@ -263,6 +195,26 @@ void check(const Job& job) {
   }
 }
 
+// Which products are of pairs of bfloat16: those of tensors of that dtype, and of them and matrices
+// where the output is rounded to it in the end (the bits of `rounds`).
+void pair(Job& job, int64_t rounds) {
+  Program& p = job.program;
+  const auto is_half = [&](int tensor) { return job.tensors[tensor].kind == BFLOAT16; };
+  for (Factor& f : p.factors) {
+    f.paired = !f.dots.empty();
+    for (const Dot& dot : f.dots) {
+      const Scaled &load = p.loads[dot.load], &first = p.loads[f.dots[0].load];
+      f.paired = f.paired && is_half(load.tensor) && is_half(p.packs[dot.pack]) &&
+                 load.weight == first.weight;
+    }
+  }
+  for (Sink& sink : p.sinks) {
+    const int side = p.outputs[sink.output].side;
+    if (sink.values < 0 || side == PAIR || !(rounds >> sink.output & 1)) continue;
+    sink.paired = is_half(side == QUERY ? p.values[sink.values] : p.loads[sink.values].tensor);
+  }
+}
+
 using Run = void (*)(Work&, int64_t, int64_t);
 
 // The outputs of chunks behind the first, and their sum.
@@ -301,7 +253,7 @@ struct Chunks {
 };
 
 void contract(std::vector<Tensor> tensors, std::vector<int64_t> numbers,
-              std::vector<double> weights, std::vector<Tensor> outs, int64_t rows, int64_t keys) {
+              std::vector<double> weights, std::vector<Tensor> outs, int64_t rows, int64_t keys, int64_t rounds) {
   Job job;
   job.program = read(numbers, weights);
   const Program& p = job.program;
@@ -362,11 +314,13 @@ void contract(std::vector<Tensor> tensors, std::vector<int64_t> numbers,
   Chunks chunks;
   chunks.split(job, outs);
   const bool is_avx512 = instructions_that_run() == AVX512;
+  const bool has_pairs = is_avx512 && __builtin_cpu_supports("avx512bf16");
+  if (has_pairs) pair(job, rounds);
   const Run run = is_avx512 ? avx512::run : avx2::run;
   const int panel = is_avx512 ? avx512::PANEL : avx2::PANEL;
   const int head = is_avx512 ? avx512::HEAD : avx2::HEAD;
   torch::stable::parallel_for(0, job.tasks * job.chunks, 1, [&](int64_t begin, int64_t end) {
-    Work work(job, panel, head);
+    Work work(job, has_pairs ? &avx512bf16::pairs_of_bf16 : nullptr, panel, head);
     run(work, begin, end);
   });
   chunks.join(job, outs);
@@ -377,7 +331,7 @@ void contract(std::vector<Tensor> tensors, std::vector<int64_t> numbers,
 STABLE_TORCH_LIBRARY_FRAGMENT(funcattn, m) {
   m.def(
       "native_contract(Tensor[] tensors, int[] program, float[] weights, Tensor(a!)[] outs, "
-      "int rows, int keys) -> ()");
+      "int rows, int keys, int rounds) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(funcattn, CPU, m) { m.impl("native_contract", TORCH_BOX(&contract)); }

@@ -28,6 +28,20 @@ static void add_row(const View& x, int64_t i, int64_t j, float weight, int n, fl
   }
 }
 
+// to = weight * from, n numbers
+static void scaled_row(const float* from, int64_t n, float weight, float* to) {
+  int d = 0;
+  for (; d + VL <= n; d += VL) store(to + d, mul(all(weight), load(from + d)));
+  for (; d < n; d++) to[d] = weight * from[d];
+}
+
+// to = weight * (row i of x)
+static void read_row(const View& x, int64_t i, float weight, float* to) {
+  if (x.kind == FLOAT32) return scaled_row(row_of(x, i), x.columns, weight, to);
+  __builtin_memset(to, 0, sizeof(float) * x.columns);
+  add_row(x, i, 0, weight, int(x.columns), to);
+}
+
 static float sum_of(const float* p, int64_t n) {
   Vec sums = zero();
   int64_t j = 0;
@@ -37,18 +51,22 @@ static float sum_of(const float* p, int64_t n) {
   return total;
 }
 
-// to = weight * from, n numbers
-static void scaled_row(const float* from, int64_t n, float weight, float* to) {
-  int d = 0;
-  for (; d + VL <= n; d += VL) store(to + d, mul(all(weight), load(from + d)));
-  for (; d < n; d++) to[d] = weight * from[d];
-}
-
 // to += weight * from, n numbers
 static void add_scaled(const float* from, int64_t n, float weight, float* to) {
   int64_t d = 0;
   for (; d + VL <= n; d += VL) store(to + d, fma(all(weight), load(from + d), load(to + d)));
   for (; d < n; d++) to[d] += weight * from[d];
+}
+
+// The sum of the weighted rows i.
+static float sum_of_rows(Work& w, const std::vector<Scaled>& terms, int64_t i) {
+  float total = 0;
+  for (const Scaled& term : terms) {
+    const View& x = w.x[term.tensor];
+    read_row(x, i, 1, w.panel);
+    total += term.weight * sum_of(w.panel, x.columns);
+  }
+  return total;
 }
 
 // Panels of keys, values, and numbers of the keys; kept from one leading index to the next where
@@ -58,24 +76,28 @@ static void load_keys(Work& w) {
   const int64_t S = w.job.S;
   for (size_t n = 0; n < p.packs.size(); n++) {
     const View& v = w.x[p.packs[n]];
-    if (w.packed[n] != v.data)
-      pack((const float*)v.data, int(v.row), int(S), int(v.columns), w.packs[n]);
+    if (w.packed[n] == v.data) continue;
     w.packed[n] = v.data;
+    if (w.pair_packs[n]) w.pairs->pack(v, S, w.pair_packs[n], w.panel);
+    const int D = int(v.columns);
+    if (w.packs[n] && v.kind == FLOAT32) pack((const float*)v.data, int(v.row), int(S), D, w.packs[n]);
+    for (int64_t j = 0; j < S && w.packs[n] && v.kind != FLOAT32; j += PANEL) {
+      const int rows = int(S - j < PANEL ? S - j : PANEL);
+      for (int r = 0; r < rows; r++) read_row(v, j + r, 1, w.panel + r * D);
+      pack(w.panel, D, rows, D, w.packs[n] + j * D);
+    }
   }
   for (size_t n = 0; n < p.values.size(); n++) {
     const View& v = w.x[p.values[n]];
-    if (w.values[n] && w.copied[n] != v.data)
-      for (int64_t j = 0; j < S; j++)
-        scaled_row(row_of(v, j), v.columns, 1, w.values[n] + j * w.value_width[n]);
+    if (w.copied[n] == v.data) continue;
     w.copied[n] = v.data;
+    if (w.pair_values[n]) w.pairs->zip(v, 0, S, w.value_width[n], w.pair_values[n]);
+    for (int64_t j = 0; j < S && w.values[n]; j++)
+      read_row(v, j, 1, w.values[n] + j * w.value_width[n]);
   }
   for (size_t f = 0; f < p.factors.size(); f++)
-    for (int64_t j = 0; j < S && !p.factors[f].columns.empty(); j++) {
-      float total = 0;
-      for (const Scaled& term : p.factors[f].columns)
-        total += term.weight * sum_of(row_of(w.x[term.tensor], j), w.x[term.tensor].columns);
-      w.column_terms[f][j] = total;
-    }
+    for (int64_t j = 0; j < S && !p.factors[f].columns.empty(); j++)
+      w.column_terms[f][j] = sum_of_rows(w, p.factors[f].columns, j);
 }
 
 static void load_queries(Work& w, int64_t i0, int m) {
@@ -83,16 +105,14 @@ static void load_queries(Work& w, int64_t i0, int m) {
   for (size_t n = 0; n < p.loads.size(); n++) {
     const View& v = w.x[p.loads[n].tensor];
     const int width = w.load_width[n];
-    for (int r = 0; r < m; r++)
-      scaled_row(row_of(v, i0 + r), v.columns, p.loads[n].weight, w.loads[n] + r * width);
+    for (int r = 0; r < m && w.loads[n]; r++)
+      read_row(v, i0 + r, p.loads[n].weight, w.loads[n] + r * width);
+    if (w.pair_loads[n]) w.pairs->load(v, i0, m, w.pair_loads[n]);
+    if (w.pair_rows[n]) w.pairs->zip(v, i0, m, width, w.pair_rows[n]);
   }
   for (size_t f = 0; f < p.factors.size(); f++)
-    for (int r = 0; r < m && !p.factors[f].rows.empty(); r++) {
-      float total = 0;
-      for (const Scaled& term : p.factors[f].rows)
-        total += term.weight * sum_of(row_of(w.x[term.tensor], i0 + r), w.x[term.tensor].columns);
-      w.row_terms[f][r] = total;
-    }
+    for (int r = 0; r < m && !p.factors[f].rows.empty(); r++)
+      w.row_terms[f][r] = sum_of_rows(w, p.factors[f].rows, i0 + r);
 }
 
 // The keys that query i sees in its interval n, within begin .. end; none where start >= stop.
@@ -168,10 +188,15 @@ static void hide(Work& w, int64_t i, int64_t j, int n, float* s) {
 static void multiply(const Work& w, const Factor& f, int m, int64_t j, int wide) {
   for (size_t d = 0; d < f.dots.size(); d++) {
     const auto [from, by] = f.dots[d];
-    const int D = int(w.x[w.program.packs[by]].columns);
+    const int D = int(w.x[w.program.packs[by]].columns), E = int(elements(D));
+    float* const to = w.buffers[f.buffer];
+    if (f.paired) {
+      w.pairs->nt[d > 0](w.pair_loads[from], E, w.pair_packs[by] + j * E, m, wide, E, to, w.step);
+      continue;
+    }
     const float *const a = w.loads[from], *const b = w.packs[by] + j * D;
     const auto gemm = d ? gemm_nt<true> : gemm_nt<false>;
-    gemm(a, w.load_width[from], b, m, wide, D, w.buffers[f.buffer], w.step);
+    gemm(a, w.load_width[from], b, m, wide, D, to, w.step);
   }
 }
 
@@ -182,7 +207,10 @@ static void add_terms(const Work& w, size_t which, int64_t i0, int r, int64_t j,
   const Vec constant = f.rows.empty() ? zero() : all(w.row_terms[which][r]);
   if (f.dots.empty())
     for (int c = 0; c < wide; c += VL) store(to + c, constant);
-  else if (!f.rows.empty())
+  else if (f.paired) {
+    const Vec weight = all(w.program.loads[f.dots[0].load].weight);
+    for (int c = 0; c < wide; c += VL) store(to + c, fma(weight, load(to + c), constant));
+  } else if (!f.rows.empty())
     for (int c = 0; c < wide; c += VL) store(to + c, add(load(to + c), constant));
   if (!f.columns.empty()) add_scaled(w.column_terms[which] + j, n, 1, to);
   for (const Scaled& term : f.dense) add_row(w.x[term.tensor], i0 + r, j, term.weight, n, to);
@@ -259,6 +287,12 @@ static void give_query(Work& w, const Sink& sink, int m, int64_t j, int n) {
     for (int r = 0; r < m; r++) to[r * width] += sum_of(W + r * w.step, n);
     return;
   }
+  if (sink.paired) {
+    w.pairs->halve(w.buffers[sink.buffer], w.step, m, n, w.halves);
+    const float* const from = w.pair_values[sink.values] + j / 2 * width;
+    w.pairs->nn(w.halves, w.step, from, width, m, int(elements(n)), width, to, width);
+    return;
+  }
   const View& v = w.x[w.program.values[sink.values]];
   const bool is_copy = w.values[sink.values] != nullptr;
   const int64_t step = is_copy ? w.value_width[sink.values] : v.row;
@@ -283,6 +317,12 @@ static void give_key(Work& w, const Sink& sink, int m, int64_t j, int n) {
   const int width = w.sum_width[sink.output];
   float* const sums = w.sums[sink.output];
   float* const to = sums ? sums + j * width : (float*)out.data + j * out.row;
+  if (sink.paired) {
+    w.pairs->turn(W, w.step, m, n, w.program.loads[sink.values].weight, w.turned);
+    const float* const rows = w.pair_rows[sink.values];
+    w.pairs->tn(w.turned, w.step, rows, w.load_width[sink.values], int(elements(m)), n, width, to, width);
+    return;
+  }
   gemm_tn(W, w.step, w.loads[sink.values], w.load_width[sink.values], m, n, width, to, width);
 }
 

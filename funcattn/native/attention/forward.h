@@ -1,20 +1,21 @@
 // Attention and its tangent for a block of queries, in one pass over the keys. Included by attention.cpp inside a namespace with
 // vectors, gemm.h and PAIRS: whether factors are pairs of bfloat16.
 //
-//     P = exp(S - row_max)    l = sum P      out  = P V / l                  lse  = row_max + log l
+//     P = exp(S - base)       l = sum P      out  = P V / l                  lse  = base + log l
 //     W = P * dS              u = sum W / l  dout = (W V + P dV) / l - u out     dlse = u
 //
 // The logits are scale q . k + bias. Queries come in rows [dq | q], keys in panels [k ; dk], so that dS = dq . k + q . dk is one
-// product. A row max is subtracted before anything is multiplied, so softmax does not change under shifts, however large.
+// product. The base of a row is the largest of its first logits, and is raised where others are far above it. It is subtracted before
+// anything is multiplied, so softmax does not change under shifts, however large.
 
 constexpr int ROWS = 96, KEYS = 256, BAND = 24;  // of a block; rows of one range of keys, where a mask cuts through the block
-constexpr float LOG2E = 1.44269504f, NOTHING = -__builtin_inff();
+constexpr float LOG2E = 1.44269504f, SLACK = 3, NOTHING = -__builtin_inff();
 
 #include "packing.h"
 
 // What is known of a block of queries while keys go by.
 struct State {
-  float *top, *mass, *slope, *mixed, *tangent;  // row max, sum of P, sum of W, P V, W V + P dV
+  float *top, *mass, *slope, *mixed, *tangent;  // base, sum of P, sum of W, P V, W V + P dV
 
   State(const Attention& a, float* at) {
     top = at, mass = top + a.rows, slope = mass + a.rows, mixed = slope + a.rows;
@@ -86,7 +87,8 @@ struct Sweeper {
   const State state;
   const int M;
   const int64_t keys, E, width;  // of a block; elements of a row; features of a value
-  const float factor, unit;      // of products of queries and keys, and of the logits that a row max is of
+  const float factor, unit;      // of products of queries and keys, and of the logits that a base is of
+  const float slack;             // how far logits may be above the base
   const bool is_thin;            // so few rows that packing takes longer than what it saves
   float *S, *dS, *queries, *room, *fly;
   Rows rows;
@@ -94,7 +96,7 @@ struct Sweeper {
   Sweeper(const Attention& a, const Block& b, float* at, float* scratch)
       : a(a), b(b), to(a), state(a, at), M(int(b.groups * b.queries)), keys(keys_of(a)), E(PUSHES ? 2 * to.E : to.E), width(to.width),
         factor(PAIRS ? a.scale : 1), unit(a.bias ? 1 : factor),
-        is_thin(!PUSHES && M * 2 * VL <= to.E && is_direct(a.k, a.D)) {
+        slack(SLACK / LOG2E / unit), is_thin(!PUSHES && M * 2 * VL <= to.E && is_direct(a.k, a.D)) {
     S = scratch, dS = S + a.rows * keys, queries = dS + (PUSHES ? a.rows * keys : 0), room = queries + a.rows * E;
     fly = room + keys + (PANEL * to.E > width ? PANEL * to.E : width);
   }
@@ -159,12 +161,9 @@ struct Sweeper {
     for (int n = count; n < high; n++) s[n] = NOTHING;
   }
 
-  // From logits to P (and W), and what that does to the sums.
-  void weigh(int i, float* s, float* ds, int low, int high, bool moves) {
-    Vec most = all(state.top[i]);
-    for (int n = low; n < high; n += VL) most = largest(load(s + n), most);
-    const float row_max = top(most), base = row_max == NOTHING ? 0 : row_max;
-    if (row_max != state.top[i] && state.mass[i] != 0) {
+  // Makes a logit the base of the exponents of a row.
+  void raise(int i, float base) {
+    if (state.mass[i] != 0) {
       const float fade = power((state.top[i] - base) * unit);
       state.mass[i] *= fade;
       scale_row(state.mixed + i * width, width, fade);
@@ -173,7 +172,16 @@ struct Sweeper {
         scale_row(state.tangent + i * width, width, fade);
       }
     }
-    state.top[i] = row_max;
+    state.top[i] = base;
+  }
+
+  // From logits to P (and W), and what that does to the sums. The base is raised where P would be above 2^SLACK: seldom, so that
+  // exponentials need not wait for the largest logit of a row.
+  void weigh(int i, float* s, float* ds, int low, int high, bool moves) {
+    Vec most = all(NOTHING);
+    for (int n = low; n < high; n += VL) most = largest(load(s + n), most);
+    if (is_above(most, all(state.top[i] + slack))) raise(i, top(most));
+    const float base = state.top[i] == NOTHING ? 0 : state.top[i];
     const Vec down = all(base), steep = all(unit * LOG2E), by = all(factor);
     Vec mass = zero(), slope = zero();
     constexpr int STEP = PAIRS ? 2 * VL : VL;
@@ -292,12 +300,12 @@ static void merge(const Attention& a, const Block& b, float* into, const float* 
   const int64_t width = whole_of(a.Dv, HEAD);
   const float unit = PAIRS && !a.bias ? a.scale : 1;
   for (int64_t i = 0; i < b.groups * b.queries; i++) {
-    const float row_max = x.top[i] > y.top[i] ? x.top[i] : y.top[i], base = row_max == NOTHING ? 0 : row_max;
+    const float most = x.top[i] > y.top[i] ? x.top[i] : y.top[i], base = most == NOTHING ? 0 : most;
     const float mine = power((x.top[i] - base) * unit), others = power((y.top[i] - base) * unit);
     const auto join = [&](float* to, const float* from, int64_t n) {
       for (int64_t d = 0; d < n; d++) to[d] = to[d] * mine + from[d] * others;
     };
-    x.top[i] = row_max;
+    x.top[i] = most;
     join(x.mass + i, y.mass + i, 1);
     join(x.mixed + i * width, y.mixed + i * width, width);
     if (!a.pushes) continue;

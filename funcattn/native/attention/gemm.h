@@ -102,22 +102,26 @@ static void pack_panels(const float* B, int64_t ldb, int N, int K, float* to, in
 
 static void pack(const float* B, int ldb, int N, int K, float* to) { pack_panels(B, ldb, N, K, to, int64_t(PANEL) * K); }
 
-// 2^x, by its whole part and a polynomial of the rest, off by 2e-7 of itself at most (and by 2^-149, where it is that small): 0 from
-// -151 down and for -inf, inf from 128 up, NaN for NaN.
-static inline Vec exp2_of(Vec whole_part, Vec rest) {
-  Vec y = all(1.5353362e-4f);  // the polynomial of Cephes, exp2f
-  y = fma(y, rest, all(1.3398874e-3f));
-  y = fma(y, rest, all(9.6184373e-3f));
-  y = fma(y, rest, all(5.5503324e-2f));
-  y = fma(y, rest, all(2.4022648e-1f));
-  y = fma(y, rest, all(6.9314720e-1f));
-  return times_power(fma(y, rest, all(1.0f)), whole_part);
+// 2^x of |x| up to 152, or NaN, from x and k, x to the nearest VL-th part: 2^k is in a table but for a power of two, and 2^rest a
+// polynomial. The lowest bits of k + ROUND are the place in the table.
+constexpr float ROUND = 1.5f * (1 << 23) / VL, REST = 0.5f / VL;  // rest is from -REST to REST
+
+static inline Vec exp2_of(Vec rounded, Vec k, Vec rest) {
+  alignas(64) static constexpr float powers[] = {1.0f, 1.0442737824f, 1.0905077327f, 1.1387886348f, 1.1892071150f, 1.2418578121f,
+                                                 1.2968395547f, 1.3542555469f, 1.4142135624f, 1.4768261459f, 1.5422108254f, 1.6104903320f,
+                                                 1.6817928305f, 1.7562521604f, 1.8340080864f, 1.9152065614f};
+  const Vec power = lookup(table(powers), rounded);
+  Vec y = fma(all(5.5504109e-2f), rest, all(2.4022651e-1f + 8.0e-3f * REST * REST));  // the Taylor series, its end spread over |rest|
+  y = fma(y, rest, all(6.9314718e-1f));
+  return times_power(fma(mul(power, rest), y, power), k);
 }
 
+// 2^x, off by 2e-7 of itself at most (and by 2^-149, where it is that small): 0 from -151 down and for -inf, inf from 128 up, NaN for
+// NaN.
 static inline Vec exp2_below(Vec x) {  // of x below 128, or NaN
   x = largest(all(-152.0f), x);
-  const Vec by = whole(x);
-  return exp2_of(by, sub(x, by));
+  const Vec rounded = add(x, all(ROUND)), k = sub(rounded, all(ROUND));
+  return exp2_of(rounded, k, sub(x, k));
 }
 
 static inline Vec exp2v(Vec x) { return exp2_below(least(all(129.0f), x)); }
@@ -126,9 +130,8 @@ static inline Vec exp2v(Vec x) { return exp2_below(least(all(129.0f), x)); }
 // NaN. log2 e has two parts, so that the rest is as exact for large x as for small ones.
 static inline Vec exp_below(Vec x) {  // of x below 88.7, or NaN
   x = largest(all(-105.0f), x);
-  const Vec by = whole(mul(x, all(1.44269504f)));
-  const Vec rest = fma(x, all(1.92596303e-8f), fms(x, all(1.44269502f), by));
-  return exp2_of(by, rest);
+  const Vec rounded = fma(x, all(1.44269504f), all(ROUND)), k = sub(rounded, all(ROUND));
+  return exp2_of(rounded, k, fma(x, all(1.92596303e-8f), fms(x, all(1.44269502f), k)));
 }
 
 static inline Vec expv(Vec x) { return exp_below(least(all(89.0f), x)); }

@@ -74,21 +74,8 @@ static int64_t packed_size(const Attention& a, int64_t keys) {
 static void copy_values(const Operand& x, const char* from, int64_t n, int64_t Dv, int64_t width, float* to) {
 #if PAIRS
   for (int64_t j = 0; j < n; j += 2) {
-      uint16_t* const pair = (uint16_t*)(to + j / 2 * width);
-      const char *const a = from + j * x.row, *const b = a + x.row;
-      const bool both = j + 1 < n;
-      int64_t d = 0;
-      if (x.column == 2 && both)
-        for (; d + VL <= Dv; d += VL) {
-          const __m512i low = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)(a + 2 * d)));
-          const __m512i high = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)(b + 2 * d)));
-          _mm512_storeu_si512(pair + 2 * d, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
-        }
-      for (; d < width; d++) {
-        pair[2 * d] = pair[2 * d + 1] = 0;
-        if (d < Dv) __builtin_memcpy(pair + 2 * d, a + d * x.column, 2);
-        if (d < Dv && both) __builtin_memcpy(pair + 2 * d + 1, b + d * x.column, 2);
-      }
+    const char* const a = from + j * x.row;
+    zip_rows(a, j + 1 < n ? a + x.row : nullptr, x.column, Dv, width, to + j / 2 * width);
   }
 #else
   for (int64_t j = 0; j < n; j++) {

@@ -30,8 +30,9 @@ static inline Vec fma(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
 static inline Vec fms(Vec a, Vec b, Vec c) { return _mm512_fmsub_ps(a, b, c); }  // a b - c
 static inline Vec least(Vec a, Vec b) { return _mm512_min_ps(a, b); }    // b where one is NaN
 static inline Vec largest(Vec a, Vec b) { return _mm512_max_ps(a, b); }  // b where one is NaN
-static inline Vec whole(Vec x) { return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
-static inline Vec times_power(Vec x, Vec n) { return _mm512_scalef_ps(x, n); }  // x 2^n for whole n
+static inline Vec times_power(Vec x, Vec n) { return _mm512_scalef_ps(x, n); }  // x 2^(the whole number below n)
+static inline Vec table(const float* p) { return load(p); }                       // VL of the 16, evenly apart
+static inline Vec lookup(Vec table, Vec at) { return _mm512_permutexvar_ps(_mm512_castps_si512(at), table); }  // by the lowest bits
 static inline float sum(Vec x) { return _mm512_reduce_add_ps(x); }
 static inline float top(Vec x) { return _mm512_reduce_max_ps(x); }
 static inline Vec low_pairs(Vec a, Vec b) { return _mm512_unpacklo_ps(a, b); }
@@ -53,6 +54,7 @@ static inline Vec only(const uint8_t* seen, Vec x) {  // -inf elsewhere
   const __m128i bytes = _mm_loadu_si128((const __m128i*)seen);
   return _mm512_mask_mov_ps(all(-__builtin_inff()), _mm_test_epi8_mask(bytes, bytes), x);
 }
+static inline bool is_above(Vec a, Vec b) { return _mm512_cmp_ps_mask(a, b, _CMP_GT_OQ); }  // somewhere
 static inline bool has_nan(Vec x) { return _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q); }
 // Lane l of x[g] becomes lane g of x[l], for lanes of four floats.
 static inline void swap_lanes(Vec* x, int step) {
@@ -74,6 +76,26 @@ namespace avx512bf16 {
 using namespace avx512;
 static inline Vec dot(Vec a, Vec b, Vec c) { return _mm512_dpbf16_ps(c, (__m512bh)a, (__m512bh)b); }
 static inline Vec pairs(Vec low, Vec high) { return (Vec)_mm512_cvtne2ps_pbh(high, low); }  // of floats in order, rounded
+static inline Vec zipped(Vec low, Vec high) {  // of each lane, rounded
+  const __m512i lanes = _mm512_cvtepu16_epi32(_mm256_setr_epi16(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15));
+  const __m512i at = _mm512_or_si512(lanes, _mm512_slli_epi32(_mm512_add_epi32(lanes, _mm512_set1_epi32(16)), 16));
+  return _mm512_castsi512_ps(_mm512_permutexvar_epi16(at, _mm512_castps_si512(pairs(low, high))));
+}
+// Two rows of n bfloat16, `step` bytes apart, as pairs padded to `width`; without b, of a and zeros.
+static void zip_rows(const char* a, const char* b, int64_t step, int64_t n, int64_t width, float* to) {
+  uint16_t* const pair = (uint16_t*)to;
+  int64_t d = 0;
+  for (; step == 2 && b && d + VL <= n; d += VL) {
+    const __m512i low = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)(a + 2 * d)));
+    const __m512i high = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)(b + 2 * d)));
+    _mm512_storeu_si512(pair + 2 * d, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
+  }
+  for (; d < width; d++) {
+    pair[2 * d] = pair[2 * d + 1] = 0;
+    if (d < n) __builtin_memcpy(pair + 2 * d, a + d * step, 2);
+    if (d < n && b) __builtin_memcpy(pair + 2 * d + 1, b + d * step, 2);
+  }
+}
 #include "gemm.h"
 }  // namespace avx512bf16
 END_TARGET
@@ -96,12 +118,15 @@ static inline Vec fma(Vec a, Vec b, Vec c) { return _mm256_fmadd_ps(a, b, c); }
 static inline Vec fms(Vec a, Vec b, Vec c) { return _mm256_fmsub_ps(a, b, c); }
 static inline Vec least(Vec a, Vec b) { return _mm256_min_ps(a, b); }
 static inline Vec largest(Vec a, Vec b) { return _mm256_max_ps(a, b); }
-static inline Vec whole(Vec x) { return _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+static inline Vec whole(Vec x) { return _mm256_floor_ps(x); }
+static inline Vec table(const float* p) { return _mm256_setr_ps(p[0], p[2], p[4], p[6], p[8], p[10], p[12], p[14]); }
+static inline Vec lookup(Vec table, Vec at) { return _mm256_permutevar8x32_ps(table, _mm256_castps_si256(at)); }
 static inline Vec power(Vec n) {
   return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtps_epi32(_mm256_add_ps(n, all(127.0f))), 23));
 }
 // By halves: n is from -250 to 250, and a number has exponents from -126 to 127.
 static inline Vec times_power(Vec x, Vec n) {
+  n = whole(n);
   const Vec half = whole(mul(n, all(0.5f)));
   return mul(mul(x, power(half)), power(sub(n, half)));
 }
@@ -131,6 +156,7 @@ static inline Vec only(const uint8_t* seen, Vec x) {
   const __m256i wide = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)seen));
   return _mm256_blendv_ps(x, all(-__builtin_inff()), _mm256_castsi256_ps(_mm256_cmpeq_epi32(wide, _mm256_setzero_si256())));
 }
+static inline bool is_above(Vec a, Vec b) { return _mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_GT_OQ)); }
 static inline bool has_nan(Vec x) { return _mm256_movemask_ps(_mm256_cmp_ps(x, x, _CMP_UNORD_Q)); }
 static inline void swap_lanes(Vec* x, int step) {
   const Vec a = x[0], b = x[step];
