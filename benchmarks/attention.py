@@ -99,7 +99,7 @@ LEAST = {
     "value and jvp": 6,
     "jvp(grad)": 19,
     "grad(jvp)": 16,
-    "grad(grad)": 19,
+    "grad(grad)": 22,
 }  # docs/attention.md derives them
 
 
