@@ -14,12 +14,24 @@ CONFIG = fa.Config(
     feed_forward=96,
     context=600,
 )
+
+
+class Mixed:
+    """As in files of Q4_K_M: some matrices in 8 bits with groups of 16 columns."""
+
+    @staticmethod
+    def encode(weight):
+        return (fa.int8(group=16) if len(weight) < weight.shape[-1] else fa.int4).encode(weight)
+
+
 MODELS = {
     "float32": ({}, None),
     "float32, odd sizes": ({"positions": "learned", "width": 40, "feed_forward": 37}, None),
     "int8": ({}, fa.int8),
     "int4": ({}, fa.int4),
     "int4, symmetric": ({"kv_heads": 4}, fa.int4(symmetric=True)),
+    "int8, groups of 16": ({"feed_forward": 80}, fa.int8(group=16)),
+    "4 bits, and 8 in groups of 16": ({"tied": False}, Mixed()),
     "int8 in groups, odd heads": ({"kv_heads": 1, "head_size": 80}, fa.int8(group=32)),
     "features that do not turn": ({"head_size": 64, "rotary_size": 32, "tied": False}, fa.int4),
     "no positions": ({"positions": "none", "layers": 1}, fa.int4),

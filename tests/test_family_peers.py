@@ -139,6 +139,7 @@ SPELLED_AS_ANOTHER = {
     "falcon-serial": "starcoder2",
     "gpt_bigcode-heads": "gpt2",
     "opt": "gpt2",
+    "openai-gpt": "opt",
     "sarvam_mla": "deepseek_v3",
     "apertus1p5_text": "apertus",
     "qwen3_5_moe_text": "qwen3_next",

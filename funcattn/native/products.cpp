@@ -47,6 +47,11 @@ int kind_of(int64_t bytes) {
   STD_TORCH_CHECK(false, "funcattn::products: blocks of ", bytes, " bytes are of no kind");
 }
 
+int64_t blocks_of(int kind, int64_t K) {
+  const int columns = avx2::columns_of(kind);
+  return (K + columns - 1) / columns;
+}
+
 void* aligned(std::unique_ptr<char[]>& room, size_t bytes) {
   room.reset(new char[bytes + 64]);
   return (void*)((uintptr_t(room.get()) + 63) / 64 * 64);
@@ -88,9 +93,12 @@ std::vector<Matrix> matrices(const Tensors& blocks, const Tensors& scales, const
       continue;
     }
     const bool rounds = w.scalar_type() == torch::headeronly::ScalarType::Char;
-    STD_TORCH_CHECK(w.dim() == 3 && w.is_contiguous() && (rounds || w.scalar_type() == torch::headeronly::ScalarType::Byte) && w.size(1) == (K[i] + 31) / 32,
+    STD_TORCH_CHECK(w.dim() == 3 && w.is_contiguous() && (rounds || w.scalar_type() == torch::headeronly::ScalarType::Byte),
                     "funcattn::products: blocks should be contiguous uint8 or int8 (tiles, blocks of K, bytes)");
     Matrix one = {w.data_ptr(), nullptr, kind_of(w.size(2)), rows[i], w.size(0), w.numel(), rounds ? 1 : DIGITS};
+    STD_TORCH_CHECK(w.size(1) == blocks_of(one.kind, K[i]),
+                    "funcattn::products: blocks should be contiguous uint8 or int8 (tiles, blocks of K, bytes)");
+    STD_TORCH_CHECK(!rounds || avx2::columns_of(one.kind) == 32, "funcattn::products: vectors are rounded in blocks of 32");
     if (one.kind == avx2::ROW8) {
       STD_TORCH_CHECK(taken < scales.size(), "funcattn::products: a scale for each row");
       const Tensor& s = scales[taken++];
@@ -145,14 +153,14 @@ double real_of(const uint8_t* at) {
 // y (a vector each `step` numbers) plus rows 16 begin .. 16 end of a matrix times those blocks of x, in double precision.
 void add_beyond(const Matrix& w, const std::vector<Beyond>& beyond, const float* x, int64_t K, int64_t begin, int64_t end, float* y, int64_t step) {
   using namespace avx2;
-  const int64_t B = (K + 31) / 32;
+  const int64_t B = blocks_of(w.kind, K), columns = columns_of(w.kind);
   const bool is_half = w.kind == HALF8 || w.kind == HALF4 || w.kind == CENTERED4, is_eight = bits_of(w.kind) == 8;
   const auto number = [&](const uint8_t* at, int i) { return is_half ? half_of(at + 2 * i) : real_of(at + 4 * i); };
   const auto product = [&](int64_t t, int64_t b, int64_t row) {
     const int64_t lane = row % 16;
     const uint8_t *const at = (const uint8_t*)w.blocks + (row / 16 * B + b) * bytes_of(w.kind), *const after = at + codes_of(w.kind);
-    const float* const from = x + t * K + 32 * b;
-    const int count = least(columns_of(w.kind), K - 32 * b);
+    const float* const from = x + t * K + columns * b;
+    const int count = least(columns, K - columns * b);
     float v[32];
     std::copy(from, from + count, v);
     if (w.digits == 1) round_bytes(v, count);
@@ -177,9 +185,9 @@ void add_beyond(const Matrix& w, const std::vector<Beyond>& beyond, const float*
   }
 }
 
-// The digits of T vectors x (T, K), where one of the matrices multiplies so many.
+// The digits of T vectors x (T, K) in blocks of `columns`, where one of the matrices multiplies so many.
 struct Digits {
-  const int P;
+  const int P, columns;
   const float* const x;
   const int64_t T, K, B;
   std::unique_ptr<char[]> room;
@@ -188,9 +196,9 @@ struct Digits {
   float *unit, *total;
   std::vector<Beyond> beyond;
 
-  Digits(const Matrix* which, int64_t count, int P, const float* x, int64_t T, int64_t K)
-      : P(P), x(x), T(T), K(K), B((K + 31) / 32) {
-    if (std::none_of(which, which + count, [P](const Matrix& w) { return w.digits == P; })) return;
+  Digits(const Matrix* which, int64_t count, int P, int columns, const float* x, int64_t T, int64_t K)
+      : P(P), columns(columns), x(x), T(T), K(K), B((K + columns - 1) / columns) {
+    if (std::none_of(which, which + count, [this](const Matrix& w) { return are_of(w); })) return;
     const int64_t many = T * B;
     digits = (int8_t*)aligned(room, size_t(many * (32 * P + 4 * P + 8)));
     sums = (int32_t*)(digits + many * 32 * P);
@@ -200,12 +208,14 @@ struct Digits {
     std::vector<int64_t> odd(T);
     torch::stable::parallel_for(0, T, 1 + 65536 / (K + 1), [&](int64_t begin, int64_t end) {
       for (int64_t t = begin; t < end; t++)
-        odd[t] = digits_of(x + t * K, K, B, digits + 32 * P * t * B, sums + P * t * B, unit + t * B, total + t * B);
+        odd[t] = digits_of(x + t * K, K, B, columns, digits + 32 * P * t * B, sums + P * t * B, unit + t * B, total + t * B);
     });
     for (int64_t t = 0; t < T; t++)
       for (int64_t b = 0; odd[t] && b < B; b++)
-        if (is_beyond(most_of(x + t * K + 32 * b, least(32, K - 32 * b)))) beyond.push_back({t, b});
+        if (is_beyond(most_of(x + t * K + columns * b, least(columns, K - columns * b)))) beyond.push_back({t, b});
   }
+
+  bool are_of(const Matrix& w) const { return w.digits == P && avx2::columns_of(w.kind) == columns; }
 
   void times(const Matrix& w, int64_t begin, int64_t end, float* y, int64_t step) const {
     const auto* const codes = (const uint8_t*)w.blocks;
@@ -233,7 +243,7 @@ void multiply(const Matrix* which, int64_t count, const float* x, int64_t T, int
     some = std::min(most, T - t);
     const float* const from = x + t * K;
     float* const to = y + t * step;
-    const Digits three(which, count, DIGITS, from, some, K), one(which, count, 1, from, some, K);
+    const Digits three(which, count, DIGITS, 32, from, some, K), one(which, count, 1, 32, from, some, K), narrow(which, count, DIGITS, 16, from, some, K);
     const auto run = [&](int64_t begin, int64_t end) {
       for (int64_t i = 0; i < count; i++) {
         const int64_t low = begin > tiles[i] ? begin - tiles[i] : 0;
@@ -243,7 +253,7 @@ void multiply(const Matrix* which, int64_t count, const float* x, int64_t T, int
         if (w.kind == FLOATS)
           floats().rows((const float*)w.blocks, from, some, K, w.rows, low, high, to + first[i], step);
         else
-          (w.digits == 1 ? one : three).times(w, low, high, to + first[i], step);
+          (one.are_of(w) ? one : narrow.are_of(w) ? narrow : three).times(w, low, high, to + first[i], step);
       }
     };
     const int64_t share = 1 + 65536 * tiles[count] / (1 + bytes * some);  // of tiles that is worth waking a thread for

@@ -14,7 +14,7 @@
 // floats here is rounded to what has fewer digits or overflows before the result does: a block whose largest number is beyond 2^-64 ..
 // 2^64 has no digits, and products.cpp multiplies it by itself.
 
-// NARROW8 has blocks of 16 columns, with 16 bytes more that tell it apart; its vectors have 16 zeros behind each 16 numbers.
+// NARROW8 has blocks of 16 columns, with 16 bytes more that tell it apart; the digits of its vectors have 16 zeros behind each 16 numbers.
 enum Kind { ROW8, HALF8, REAL8, CENTERED4, HALF4, REAL4, AFFINE8, NARROW8, KINDS };
 
 constexpr int bits_of(int kind) { return kind >= CENTERED4 && kind <= REAL4 ? 4 : 8; }
@@ -39,15 +39,15 @@ struct Vectors {
   int64_t blocks;
 };
 
-// Gives how many blocks have no digits because they are too small or too large.
+// The digits of blocks of `columns` numbers, at most 32. Gives how many blocks have none because they are too small or too large.
 template <int P>
-VECTORIZED static int64_t to_digits(const float* x, int64_t K, int64_t blocks, int8_t* digits, int32_t* sums, float* unit, float* total) {
+VECTORIZED static int64_t to_digits(const float* x, int64_t K, int64_t blocks, int64_t columns, int8_t* digits, int32_t* sums, float* unit, float* total) {
   constexpr int largest = P == 3 ? 8355708 : P == 2 ? 32639 : 127;  // all digits 127, and 3 less, by which a float may be rounded up
   int64_t odd = 0;
   for (int64_t b = 0; b < blocks; b++) {
     alignas(64) float v[32];
     alignas(64) int32_t whole[32];
-    const int64_t first = 32 * b, count = K - first < 32 ? K - first : 32;
+    const int64_t first = columns * b, count = K - first < columns ? K - first : columns;
     if (count == 32)
       __builtin_memcpy(v, x + first, sizeof v);
     else
@@ -165,7 +165,7 @@ static void rows(const uint8_t* blocks, const float* scale, const Vectors& x, in
 }
 
 using Rows = void (*)(const uint8_t*, const float*, const Vectors&, int64_t, int64_t, int64_t, int64_t, float*, int64_t);
-using ToDigits = int64_t (*)(const float*, int64_t, int64_t, int8_t*, int32_t*, float*, float*);
+using ToDigits = int64_t (*)(const float*, int64_t, int64_t, int64_t, int8_t*, int32_t*, float*, float*);
 
 template <int P>
 constexpr Rows ROWS[KINDS] = {rows<ROW8, P>, rows<HALF8, P>, rows<REAL8, P>, rows<CENTERED4, P>, rows<HALF4, P>, rows<REAL4, P>, rows<AFFINE8, P>, rows<NARROW8, P>};

@@ -46,7 +46,7 @@ from .packed import (
     straight_through,
     times_codes,
 )
-from .tiles import COLUMNS, DynamicTiles, NarrowTiles, Tiles, by_one_digit, value
+from .tiles import COLUMNS, DynamicTiles, Tiles, by_one_digit, value
 from .tiling import tile_affine, tile_int4, tile_int8, tile_narrow
 
 MOST_IN_BFLOAT16 = 24  # rows up to which products of three bfloat16 digits beat expanding the codes
@@ -177,8 +177,7 @@ def _form_dynamic(weight: Int8Dynamic, rows: int) -> Weight:
 def _through(form: Weight, x: Tensor) -> Tensor | None:
     if form is None or x.device.type != "cpu":
         return None
-    in_tiles = isinstance(form, (Tiles, DynamicTiles, NarrowTiles))
-    return value(form, x) if in_tiles else linear(form, x)
+    return value(form, x) if isinstance(form, (Tiles, DynamicTiles)) else linear(form, x)
 
 
 # Layouts for compiled decoding, which takes no derivatives.

@@ -49,7 +49,8 @@ NARROW = 336  # bytes of a block of 16 columns
 @record
 class Tiles(NamedTuple):
     """blocks uint8 (N / 16, K / 32, bytes), rounded up, or float32 (N / 16, K, 16); scale float32
-    (N, 1) if there is one a row. The same bytes as int8 multiply vectors rounded to 8 bits.
+    (N, 1) if there is one a row. Of groups of 16 columns blocks are (N / 16, K / 16, bytes). The
+    same bytes as int8, of blocks of 32 columns, multiply vectors rounded to 8 bits.
 
     Otherwise scale is (), or (N, 0) where N is no multiple of 16: without a tensor compiled code
     has one guard fewer.
@@ -73,13 +74,6 @@ class DynamicTiles(NamedTuple):
 
     tiles: Tiles
     scale: Tensor
-
-
-@record
-class NarrowTiles(NamedTuple):
-    """Tiles of blocks of 16 columns: the vectors have 16 zeros behind each 16 numbers."""
-
-    tiles: Tiles
 
 
 def by_one_digit(tiles: Tiles) -> Tiles:
@@ -124,8 +118,6 @@ def expand_tiles(blocks: Tensor, scale: Tensor | tuple[()], N: int, K: int) -> T
     codes = codes.permute(0, 3, 1, 2, 4).float() - offset  # tiles, rows, blocks, 8, 4
     if dtype is None:
         return codes.flatten(2).flatten(0, 1)[:N, :K] * scale
-    if narrow:  # zeros, as the vectors have
-        codes = F.pad(codes, (0, 0, 0, codes.shape[-2]))
     after = (
         blocks[..., size : size + 4 * ROWS if narrow else None]
         .contiguous()
@@ -141,17 +133,6 @@ def expand_tiles(blocks: Tensor, scale: Tensor | tuple[()], N: int, K: int) -> T
 @linear.register
 def _(weight: Tiles, x: Tensor) -> Tensor:
     return products([weight], x)
-
-
-@linear.register
-def _(weight: NarrowTiles, x: Tensor) -> Tensor:
-    return products([weight.tiles], widened(x))
-
-
-def widened(x: Tensor) -> Tensor:
-    """x (*lead, K) with 16 zeros behind each 16 numbers, (*lead, 2 K)."""
-    half = COLUMNS // 2
-    return F.pad(x.unflatten(-1, (-1, half)), (0, half)).flatten(-2)
 
 
 def _several(weights: Sequence[Tiles], x: Tensor) -> tuple[Tensor, ...]:
@@ -197,10 +178,8 @@ def products(weights: Sequence[Tiles], x: Tensor) -> Tensor:
     return y.to(x.dtype).reshape(*x.shape[:-1], y.shape[-1])
 
 
-def value(weight: Tiles | DynamicTiles | NarrowTiles, x: Tensor) -> Tensor:
+def value(weight: Tiles | DynamicTiles, x: Tensor) -> Tensor:
     """`linear` of x (n, K) outside of autograd and torch.func, without their dispatch."""
-    if isinstance(weight, NarrowTiles):
-        return value(weight.tiles, widened(x))
     if isinstance(weight, DynamicTiles):
         return value(weight.tiles, rounded(x, weight.scale.shape[-1])).to(x.dtype)
     with torch._C._AutoDispatchBelowAutograd():

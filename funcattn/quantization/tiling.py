@@ -16,7 +16,7 @@ from torch import Tensor
 from ..core.tensor_cache import prepared_from
 from ..records import ABSENT
 from . import packing, tiles
-from .tiles import COLUMNS, FEWEST, NARROW, ROWS, NarrowTiles, Tiles, most_rows
+from .tiles import COLUMNS, FEWEST, NARROW, ROWS, Tiles, most_rows
 
 
 def tile_int8(codes: Tensor, scale: Tensor, *, rows: int = 1) -> Tiles | None:
@@ -65,7 +65,7 @@ def tile_int4(codes: Tensor, scale: Tensor, zero: Tensor, *, rows: int = 1) -> T
     return prepared_from([codes, scale, zero], make, "tiles")
 
 
-def tile_narrow(codes: Tensor, scale: Tensor, *, rows: int = 1) -> NarrowTiles | None:
+def tile_narrow(codes: Tensor, scale: Tensor, *, rows: int = 1) -> Tiles | None:
     """Tiles of int8 codes (N, K) in groups of 16 columns; None as above."""
     if not _is_served(codes, rows, 8) or codes.shape[-1] != COLUMNS // 2 * scale.shape[-1]:
         return None
@@ -76,7 +76,7 @@ def tile_narrow(codes: Tensor, scale: Tensor, *, rows: int = 1) -> NarrowTiles |
         room = NARROW - bytes_.shape[-1] - after.shape[-1]
         return Tiles(F.pad(torch.cat([bytes_, after], -1), (0, room)), _rows_of(len(codes)))
 
-    return NarrowTiles(prepared_from([codes, scale], make, "narrow tiles"))
+    return prepared_from([codes, scale], make, "narrow tiles")
 
 
 def tile_affine(codes: Tensor, scale: Tensor, zero: Tensor, *, rows: int = 1) -> Tiles | None:

@@ -59,10 +59,6 @@ def tile(record):
 
 
 def whole(weight, K):
-    if isinstance(weight, tiles.NarrowTiles):
-        twice = expand_tiles(*weight.tiles, weight.tiles.rows, 2 * K).unflatten(-1, (-1, 2, 16))
-        assert not twice[..., 1, :].any()
-        return twice[..., 0, :].flatten(-2)
     return expand_tiles(*weight, weight.rows, K)
 
 

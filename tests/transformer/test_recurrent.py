@@ -409,7 +409,9 @@ def test_what_a_state_cannot_do_is_refused_with_the_remedy(made):
         ValueError, match=f"with the states of {count} recurrent layers, got one with 0"
     ):
         model.extend(params, TOKENS[:4], past.rows)
-    plain = fa.decoder(dataclasses.replace(SMALL, layers=rows))
+    sizes = ("kv_heads", "latent_size", "rotary_size", "positions")  # of the rows of its cache
+    same = {name: getattr(model.config, name) for name in sizes}
+    plain = fa.decoder(dataclasses.replace(SMALL, layers=rows, **same))
     with pytest.raises(
         ValueError, match=f"with the states of 0 recurrent layers, got one with {count}"
     ):
@@ -432,9 +434,9 @@ def test_its_rows_keep_the_laws_of_caches(law):
 def test_a_text_continues_a_memory(made):
     """A learned prefix: seen by attention, before the beginning of every state."""
     model, params = made
-    H, D = model.config.kv_heads, model.config.head_size
-    rows = fa.random.normal(fa.key(7), (2, len(model.config.attention_layers), H, 3, D))
-    memory = fa.Memory(*rows.double(), torch.tensor(3))
+    rows = room(model, 3).rows
+    k, v = (fa.random.normal(fa.key(i), tuple(x.shape)).double() for i, x in enumerate(rows[:2]))
+    memory = fa.Memory(k, v, torch.tensor(3))
     whole = model.extend(params, TOKENS, fa.Branch(memory, room(model)))[0]
     begun = fa.Branch(memory, room(model))
     tokens, _ = fa.generate(fa.key(0), model, params, TOKENS[:9], begun, steps=4)
