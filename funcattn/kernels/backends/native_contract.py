@@ -86,8 +86,8 @@ def contract(
     Products of bfloat16 tensors are those of the processor, where it has them; the weights of an
     output whose dtype (`dtypes`) is bfloat16 are then rounded to it, as torch's kernel does.
 
-    Returns None where a result or a logit is not finite: a hidden key may be NaN, which has to change
-    nothing, and a logit may overflow that does not in another order of products.
+    Returns None where a result or a logit is not finite: a hidden key may be NaN, which has to
+    change nothing, and a logit may overflow that does not in another order of products.
     """
     read = _readable(contraction, tensors)
     axes = max([len(s) for s in shapes] + [x.dim() for x in read]) - 2

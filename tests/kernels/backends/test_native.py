@@ -299,15 +299,17 @@ def test_logits_that_are_not_finite_are_as_in_blocks_of_torch(at):
     st.tuples(*[st.sampled_from([-30, -10, 0, 0, 5, 10, 15, 19, 20, 30, 37])] * 3),
     st.sampled_from([0.125, 1.0, 1e-3, 1e-20, 1e-25, 1e10]),
     st.booleans(),
+    st.booleans(),
     st.integers(0, 2**20),
 )
-@example(torch.bfloat16, (20, 35, 0), 1e-20, False, 3)  # some products overflow, no logit does
+@example(torch.bfloat16, (20, 35, 0), 1e-20, True, False, 3)  # all products overflow, no logit
 def test_a_finite_result_of_large_numbers_is_true_or_that_of_blocks(
-    dtype, powers, scale, hides, seed
+    dtype, powers, scale, falls, hides, seed
 ):
     torch.manual_seed(seed)
     sizes = (9, 70, 70)
     q, k, v = (torch.randn(n, 8) * 10.0**p for n, p in zip(sizes, powers, strict=True))
+    q, k = (q.abs(), -k.abs()) if falls else (q, k)
     q, k, v = (x.to(dtype) for x in (q, k, v))
     mask = tuple(masks.prefix(9, 40)) if hides else ()
     spec = AttendSpec(scale, masks=len(mask), kernel="native")
