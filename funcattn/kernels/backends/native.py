@@ -5,8 +5,9 @@ for all query heads that share them; leading axes broadcast by strides, and no i
 Blocks that an interval mask hides are skipped. Logits and sums are float32, or, with the AVX-512
 instructions for bfloat16 and if all inputs have that dtype, products of bfloat16 summed in float32.
 
-A call with a mask or a bias whose result is not finite returns None: there a hidden key may be NaN,
-which has to change nothing, so the next backend computes it.
+A call with a result or a logit that is not finite returns None, so the next backend computes it: a
+hidden key may be NaN, which has to change nothing, and products overflow here where they do not in
+its order (those of bfloat16 are scaled after they are summed).
 """
 
 from collections.abc import Sequence
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ... import native
+from . import torch_attend
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 INTEGERS = (torch.int64, torch.int32)
@@ -61,7 +63,7 @@ def attend(
     lse has no leading axes that only v has.
     """
     out, lse, is_finite = torch.ops.funcattn.native_attend(q, k, v, list(mask), bias, scale)
-    return (out, lse) if is_finite or not (mask or bias is not None) else None
+    return (out, lse) if is_finite else None
 
 
 def attend_jvp(
@@ -81,7 +83,7 @@ def attend_jvp(
     out, lse, dout, dlse, is_finite = torch.ops.funcattn.native_attend_jvp(
         q, k, v, dq, dk, dv, list(mask), scale
     )
-    return (out, lse, dout, dlse) if is_finite or not mask else None
+    return (out, lse, dout, dlse) if is_finite else None
 
 
 def can_attend_rows(q: Tensor) -> bool:
@@ -91,5 +93,5 @@ def can_attend_rows(q: Tensor) -> bool:
 
 def attend_rows(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """out (B, R, Dv) and lse (B, R, 1) of q (B, R, D), k (B, S, D) and v (B, S, Dv), unmasked."""
-    out, lse, _ = torch.ops.funcattn.native_attend(q, k, v, [], None, scale)
-    return out, lse
+    found = attend(q, k, v, scale=scale)
+    return torch_attend.attend(q, k, v, scale=scale) if found is None else found

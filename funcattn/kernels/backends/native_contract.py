@@ -36,7 +36,6 @@ from ..closed.algebra import (
     Term,
     places,
 )
-from .masking import is_finite
 
 SIDES = ("query", "key", "pair")  # numbered as in program.h
 MAX_AXES = 16
@@ -84,8 +83,11 @@ def contract(
 ) -> list[Tensor] | None:
     """All outputs of a contraction, float32, as `torch_blocks.contract`; see `why_not_contract`.
 
-    Returns None where keys are hidden and a result is not finite: only a backend that leaves hidden
-    pairs out of every sum may compute it.
+    Products of bfloat16 tensors are those of the processor, where it has them; the weights of an
+    output whose dtype (`dtypes`) is bfloat16 are then rounded to it, as torch's kernel does.
+
+    Returns None where a result or a logit is not finite: a hidden key may be NaN, which has to
+    change nothing, and a logit may overflow that does not in another order of products.
     """
     read = _readable(contraction, tensors)
     axes = max([len(s) for s in shapes] + [x.dim() for x in read]) - 2
@@ -94,9 +96,8 @@ def contract(
     outs = [read[L].new_zeros(tuple(s)) for s in shapes]
     rows, keys = block_sizes(buffers, read[Q].shape[-2], len(contraction.mask) == 2)
     rounds = sum(1 << n for n, dtype in enumerate(dtypes) if dtype == torch.bfloat16)
-    torch.ops.funcattn.native_contract(read, numbers, weights, outs, rows, keys, rounds)
-    hides = contraction.mask or contraction.bias != ONES
-    return None if hides and not is_finite(outs) else outs
+    run = torch.ops.funcattn.native_contract
+    return outs if run(read, numbers, weights, outs, rows, keys, rounds) else None
 
 
 def _readable(contraction: Contraction, tensors: Sequence[Tensor]) -> list[Tensor]:

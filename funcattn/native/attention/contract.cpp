@@ -4,9 +4,10 @@
 // Outputs are float32, contiguous and zero; sums are added to them. A task is a leading index that
 // all outputs have, or a part of its query blocks; within a task the axes that some output lacks
 // are summed one index after the other. Parts have key-side outputs of their own, which are added
-// in order: no sum depends on which thread is first.
+// in order: no sum depends on which thread is first. Gives whether all is finite, the logits included.
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstdint>
 #include <memory>
@@ -252,7 +253,7 @@ struct Chunks {
   }
 };
 
-void contract(std::vector<Tensor> tensors, std::vector<int64_t> numbers,
+bool contract(std::vector<Tensor> tensors, std::vector<int64_t> numbers,
               std::vector<double> weights, std::vector<Tensor> outs, int64_t rows, int64_t keys, int64_t rounds) {
   Job job;
   job.program = read(numbers, weights);
@@ -319,11 +320,19 @@ void contract(std::vector<Tensor> tensors, std::vector<int64_t> numbers,
   const Run run = is_avx512 ? avx512::run : avx2::run;
   const int panel = is_avx512 ? avx512::PANEL : avx2::PANEL;
   const int head = is_avx512 ? avx512::HEAD : avx2::HEAD;
+  std::atomic<bool> finite{true};
   torch::stable::parallel_for(0, job.tasks * job.chunks, 1, [&](int64_t begin, int64_t end) {
     Work work(job, has_pairs ? &avx512bf16::pairs_of_bf16 : nullptr, panel, head);
     run(work, begin, end);
+    if (work.is_lost) finite = false;
   });
   chunks.join(job, outs);
+  const auto all_finite = is_avx512 ? avx512::all_finite : avx2::all_finite;
+  for (const Tensor& out : outs)
+    torch::stable::parallel_for(0, out.numel(), 65536, [&](int64_t begin, int64_t end) {
+      if (!all_finite((const float*)out.data_ptr() + begin, end - begin)) finite = false;
+    });
+  return finite;
 }
 
 }  // namespace
@@ -331,7 +340,7 @@ void contract(std::vector<Tensor> tensors, std::vector<int64_t> numbers,
 STABLE_TORCH_LIBRARY_FRAGMENT(funcattn, m) {
   m.def(
       "native_contract(Tensor[] tensors, int[] program, float[] weights, Tensor(a!)[] outs, "
-      "int rows, int keys, int rounds) -> ()");
+      "int rows, int keys, int rounds) -> bool");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(funcattn, CPU, m) { m.impl("native_contract", TORCH_BOX(&contract)); }

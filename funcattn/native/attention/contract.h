@@ -232,6 +232,7 @@ static void take(const Step& step, float* to, const float* from, const float* fa
 // Logits of row r of a block whose products are made.
 static float* logits(Work& w, int64_t i0, int r, int64_t j, int n, int wide) {
   float* const s = w.buffers[0] + r * w.step;
+  w.is_lost |= is_lost(s, n);
   add_terms(w, 0, i0, r, j, n, wide);
   if (!w.program.mask.empty()) hide(w, i0 + r, j, n, s);
   return s;
@@ -382,6 +383,14 @@ static void query_block(Work& w, int64_t i0, int m) {
       float* const to = (float*)w.out[o].data + (i0 + r) * w.out[o].row;
       add_scaled(w.sums[o] + r * w.sum_width[o], w.out[o].columns, p.outputs[o].weight, to);
     }
+}
+
+static bool all_finite(const float* x, int64_t n) {
+  Vec odd = zero();
+  int64_t i = 0;
+  for (; i + VL <= n; i += VL) odd = fma(load(x + i), zero(), odd);
+  for (; i < n; i++) odd = fma(all(x[i]), zero(), odd);
+  return !has_nan(odd);
 }
 
 static void run(Work& w, int64_t begin, int64_t end) {

@@ -226,6 +226,7 @@ struct Sweeper {
       if (moves) gemm_nt<false>(q + from, int(E), panel + skip * PANEL, count, PANEL, int(many), ds + n, int(keys));
     }
     for (int i = 0; i < count; i++) {
+      if (is_lost(s + i * keys + low, (there < high ? there : high) - low)) state.mass[r + i] = __builtin_nanf("");
       hide(r + i, s + i * keys, j, low, high, there, every);
       weigh(r + i, s + i * keys, ds + i * keys, low, high, moves);
     }

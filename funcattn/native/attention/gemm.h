@@ -135,3 +135,10 @@ static inline Vec exp_below(Vec x) {  // of x below 88.7, or NaN
 }
 
 static inline Vec expv(Vec x) { return exp_below(least(all(89.0f), x)); }
+
+// Whether a product overflowed downwards: after a mask it would look as if it were hidden. Upwards it ends as NaN.
+static inline bool is_lost(const float* s, int n) {
+  Vec smallest = zero();
+  for (int i = 0; i < n; i += VL) smallest = least(load(s + i), smallest);
+  return is_above(all(-3.40282347e38f), smallest);
+}

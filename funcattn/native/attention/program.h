@@ -125,6 +125,7 @@ struct Work {
   std::vector<View> x, out;
   std::vector<const void*> packed, copied;  // what the packs and values are made of
   int64_t nonzero;                          // axes where the leading index is not 0
+  bool is_lost = false;                     // a logit overflowed: what is computed is nothing
 
   Work(const Job& job, const Pairs* pairs, int panel_rows, int head);
   void move_to(int64_t task, int64_t repeat, int64_t chunk);

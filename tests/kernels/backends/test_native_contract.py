@@ -15,6 +15,7 @@ import funcattn as fa
 from funcattn import native
 from funcattn.kernels import dropout
 from funcattn.kernels.backends import native_contract, torch_blocks
+from funcattn.kernels.closed import operators
 from funcattn.kernels.closed.algebra import (
     ONES,
     Contraction,
@@ -23,6 +24,7 @@ from funcattn.kernels.closed.algebra import (
     Output,
     Term,
 )
+from funcattn.kernels.closed.specs import ContractSpec, TensorSpec
 
 pytestmark = [
     pytest.mark.cpu("the operator in C++ is for the CPU"),
@@ -402,14 +404,25 @@ def test_a_hidden_key_that_is_not_finite_is_unread_or_for_another_backend(small_
     assert native_contract.contract(spec, shapes, tensors) is None
 
 
-def test_a_number_that_is_not_finite_is_seen_where_nothing_is_hidden():
+def test_a_number_that_is_not_finite_is_for_another_backend():
     spec, shapes, tensors = first_gradient(40, 50, 8)
     tensors[1][0, 3] = float("nan")
-    dq, dk, _ = native_contract.contract(spec, shapes, tensors)
+    assert native_contract.contract(spec, shapes, tensors) is None
+    likes = [TensorSpec(tuple(s), torch.float32) for s in shapes]
+    dq, dk, _ = operators.contract(ContractSpec(spec, tuple(likes), "native"), tensors)
     assert dq[:, 0].isnan().all()
     assert dk[0, 3].isnan().all()
     assert dk[0, :3].isfinite().all()
     assert dq[:, 1].isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_a_logit_that_overflows_is_for_another_backend(dtype):
+    spec, shapes, tensors = first_gradient(40, 50, 8, dtype)
+    tensors[0][..., 0], tensors[1][..., 0] = 0, 0
+    assert native_contract.contract(spec, shapes, tensors) is not None
+    tensors[0][..., 7, 0], tensors[1][:, 9, 0] = 1e20, -1e20  # a logit of -inf, others as before
+    assert native_contract.contract(spec, shapes, tensors) is None
 
 
 def test_a_second_derivative_is_ten_products_of_four_matrices():
