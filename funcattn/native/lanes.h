@@ -25,7 +25,7 @@ static inline bool is_beyond(uint32_t most) { return most && most < 0x7f800000u 
 
 BEGIN_TARGET_AVX512
 namespace avx512 {
-constexpr int MOST = 4;
+constexpr int MOST = 5, MOST_LIGHT = 8;
 using Int = __m512i;
 using Real = __m512;
 static inline Int zero_int() { return _mm512_setzero_si512(); }
@@ -43,6 +43,7 @@ static inline Int four(const int8_t* d) {
 static inline Int dot_nibbles(Int a, Int codes, const int8_t* d) { return _mm512_dpbusd_epi32(a, codes, four(d)); }
 static inline Int dot_bytes(Int a, Int codes, const int8_t* d) { return _mm512_dpbusd_epi32(a, codes, four(d)); }
 static inline Int shifted(Int a) { return _mm512_slli_epi32(a, 8); }
+static inline Int sixteenth(Int a) { return _mm512_srai_epi32(a, 4); }
 static inline Int plus(Int a, Int b) { return _mm512_add_epi32(a, b); }
 static inline Real to_real(Int a) { return _mm512_cvtepi32_ps(a); }
 static inline Real fma(Real a, Real b, Real c) { return _mm512_fmadd_ps(a, b, c); }
@@ -105,7 +106,7 @@ END_TARGET
 
 BEGIN_TARGET_AVX2
 namespace avx2 {
-constexpr int MOST = 2;
+constexpr int MOST = 2, MOST_LIGHT = 4;
 struct Int {
   __m256i a, b;
 };
@@ -141,6 +142,7 @@ static inline Int dot_bytes(Int a, Int codes, const int8_t* at) {
   return {dot_byte(a.a, codes.a, d), dot_byte(a.b, codes.b, d)};
 }
 static inline Int shifted(Int a) { return {_mm256_slli_epi32(a.a, 8), _mm256_slli_epi32(a.b, 8)}; }
+static inline Int sixteenth(Int a) { return {_mm256_srai_epi32(a.a, 4), _mm256_srai_epi32(a.b, 4)}; }
 static inline Int plus(Int a, Int b) { return {_mm256_add_epi32(a.a, b.a), _mm256_add_epi32(a.b, b.b)}; }
 static inline Real to_real(Int a) { return {_mm256_cvtepi32_ps(a.a), _mm256_cvtepi32_ps(a.b)}; }
 static inline Real fma(Real a, Real b, Real c) { return {_mm256_fmadd_ps(a.a, b.a, c.a), _mm256_fmadd_ps(a.b, b.b, c.b)}; }

@@ -46,15 +46,20 @@ struct Rows : Past {
 
 // Some of the past of B texts: keys and values of (P, layers, kv_heads, S, D), of which B / P texts behind each other share one.
 struct Part {
-  const Tensor &keys, &values;
+  // Read once: an access through the stable ABI takes longer than a row.
+  struct Side {
+    const float* at;
+    int64_t text, layer, head, row;  // strides
+
+    explicit Side(const Tensor& x) : at((const float*)x.data_ptr()), text(x.stride(0)), layer(x.stride(1)), head(x.stride(2)), row(x.stride(3)) {}
+  } keys, values;
   const int64_t* lengths;
   int64_t sharing;  // B / P, and as many texts as share a length
 
   Rows of(int64_t text, int64_t layer, int64_t head) const {
-    const auto at = [&](const Tensor& x) {
-      return (const float*)x.data_ptr() + text / sharing * x.stride(0) + layer * x.stride(1) + head * x.stride(2);
-    };
-    return {{at(keys), at(values), keys.stride(3), values.stride(3)}, lengths[text / sharing]};
+    const int64_t p = text / sharing;
+    const auto at = [&](const Side& x) { return x.at + p * x.text + layer * x.layer + head * x.head; };
+    return {{at(keys), at(values), keys.row, values.row}, lengths[p]};
   }
 };
 
@@ -191,7 +196,7 @@ std::tuple<Tensor, Tensor, Tensor> layers(Tensors blocks, Tensors scales, std::v
              "keys and values should be float32 (P, layers, kv_heads, S, D), B a multiple of P");
     WANTED(lengths[p].dim() == 1 && lengths[p].size(0) == P && lengths[p].is_contiguous() && lengths[p].scalar_type() == torch::headeronly::ScalarType::Long,
            "a length for each part of the past, contiguous int64 (P,)");
-    parts.push_back({keys[p], values[p], (const int64_t*)lengths[p].data_ptr(), B / P});
+    parts.push_back({Part::Side(keys[p]), Part::Side(values[p]), (const int64_t*)lengths[p].data_ptr(), B / P});
     for (int64_t b = 0; b < B; b++) {
       const int64_t length = parts.back().lengths[b * P / B];
       WANTED(0 <= length && length <= keys[p].size(3) && length <= values[p].size(3), "lengths should be within the past");
@@ -210,7 +215,7 @@ std::tuple<Tensor, Tensor, Tensor> layers(Tensors blocks, Tensors scales, std::v
 
   const Tensor out = torch::stable::new_empty(x, {B, T, E});
   const Tensor new_k = torch::stable::new_empty(x, {B, L, K, T, D}), new_v = torch::stable::new_empty(x, {B, L, K, T, D});
-  float* const residual = (float*)out.data_ptr();
+  float *const residual = (float*)out.data_ptr(), *const to_k = (float*)new_k.data_ptr(), *const to_v = (float*)new_v.data_ptr();
   const float* const given = (const float*)x.data_ptr();
   std::copy(given, given + BT * E, residual);
   const int64_t all_heads = N + 2 * K * D;
@@ -226,22 +231,22 @@ std::tuple<Tensor, Tensor, Tensor> layers(Tensors blocks, Tensors scales, std::v
     };
     norm(norms[2 * l]);
     multiply(w, 3, normed.data(), BT, E, heads.data(), all_heads);
-    const auto place = [&](const Tensor& of, int64_t b, int64_t h) { return (float*)of.data_ptr() + ((b * L + l) * K + h) * T * D; };
+    const auto place = [&](float* of, int64_t b, int64_t h) { return of + ((b * L + l) * K + h) * T * D; };
     by_rows(BT, all_heads, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; i++) {
         const int64_t b = i / T, t = i % T;
         float* const row = heads.data() + i * all_heads;
         for (int64_t h = 0; h < H + K; h++) rotate(row + h * D, cosines + b * turn + t * R, sines + b * turn + t * R, R);
         for (int64_t h = 0; h < K; h++) {
-          std::copy(row + N + h * D, row + N + (h + 1) * D, place(new_k, b, h) + t * D);
-          std::copy(row + N + (K + h) * D, row + N + (K + h + 1) * D, place(new_v, b, h) + t * D);
+          std::copy(row + N + h * D, row + N + (h + 1) * D, place(to_k, b, h) + t * D);
+          std::copy(row + N + (K + h) * D, row + N + (K + h + 1) * D, place(to_v, b, h) + t * D);
         }
       }
     });
     const int64_t queries = BT * G, groups = (queries + QUERIES - 1) / QUERIES;  // of a head
     const auto attend = [&](int64_t begin, int64_t end) {
       const int64_t step = (most + 31) / 16 * 16;
-      const std::unique_ptr<float[]> room(new float[QUERIES * step]);
+      const std::unique_ptr<float[]> room(new float[std::min(QUERIES, queries) * step]);
       for (int64_t task = begin; task < end; task++) {
         const int64_t h = task / groups, first = task % groups * QUERIES, count = std::min(QUERIES, queries - first);
         const float* q[QUERIES];
@@ -251,7 +256,7 @@ std::tuple<Tensor, Tensor, Tensor> layers(Tensors blocks, Tensors scales, std::v
           q[i] = heads.data() + row * all_heads + head * D;
           y[i] = mixed.data() + row * N + head * D;
         }
-        const auto news = [&](int64_t b) { return Rows{{place(new_k, b, h), place(new_v, b, h), D, D}, T}; };
+        const auto news = [&](int64_t b) { return Rows{{place(to_k, b, h), place(to_v, b, h), D, D}, T}; };
         attention.run(q, y, first, count, l, h, news, room.get(), step);
       }
     };

@@ -1,7 +1,7 @@
 // Products of a quantized matrix with a few vectors, written once for every set of instructions.
 //
 // Included inside a namespace that names the vectors: Int (16 lanes of 32 bits) and Real (16 floats), and what products.cpp says
-// of them, and MOST vectors whose sums, a register for each digit, are taken in one pass over a tile. A lane is a row of the matrix, so no sum is ever taken across lanes.
+// of them, and MOST vectors of three digits (MOST_LIGHT of one) whose sums, a register for each digit, are taken in one pass over a tile. A lane is a row of the matrix, so no sum is ever taken across lanes.
 //
 // The matrix comes in tiles of 16 rows, and a tile in blocks of 32 columns, one behind the other in memory: the codes of a block,
 // then its 16 scales, then its 16 zeros, where it has them. A vector comes in the same blocks, each as a scale and digits:
@@ -26,6 +26,8 @@ constexpr int bytes_of(int kind) {
 }
 // what code stands for 0
 constexpr int offset_of(int kind) { return has_zero(kind) ? 0 : kind == CENTERED4 ? 8 : 128; }
+// Whether the sum of three digits of a block, at most 32 * 8 * 8355711, is an integer of 32 bits.
+constexpr bool fits(int kind) { return offset_of(kind) == 8; }
 
 #ifndef AHEAD
 #define AHEAD 8192
@@ -33,7 +35,7 @@ constexpr int offset_of(int kind) { return has_zero(kind) ? 0 : kind == CENTERED
 // A few vectors as digits. Of vector t and block b: digits at 32 P (t B + b), sums at P (t B + b), the rest at t B + b.
 struct Vectors {
   const int8_t* digits;
-  const int32_t* sums;  // of the digits of a block
+  const int32_t* sums;  // of the digits of a block, times -128
   const float* unit;
   const float* total;  // of the block, as its digits say it
   int64_t blocks;
@@ -61,9 +63,10 @@ VECTORIZED static int64_t to_digits(const float* x, int64_t K, int64_t blocks, i
     for (int j = 0; j < 32; j++) v[j] = !has_digits ? 0.0f : P == 1 ? v[j] / step : v[j] * by;
     round_all(v, whole);
     int8_t* const to = digits + 32 * P * b;
-    for (int p = P - 1; p >= 0; p--) sums[P * b + p] = split_last(whole, to + 32 * p);
+    int32_t sum[P];
+    for (int p = P - 1; p >= 0; p--) sums[P * b + p] = -128 * (sum[p] = split_last(whole, to + 32 * p));
     float all = 0.0f;
-    for (int p = 0; p < P; p++) all = all * 256.0f + float(sums[P * b + p]);
+    for (int p = 0; p < P; p++) all = all * 256.0f + float(sum[p]);
     unit[b] = finite ? (has_digits ? size / largest : 0.0f) : __builtin_nanf("");
     total[b] = all * unit[b];
   }
@@ -73,6 +76,7 @@ VECTORIZED static int64_t to_digits(const float* x, int64_t K, int64_t blocks, i
 // out[t] = the tile times vector t, for T vectors.
 template <int KIND, int P, int T>
 static inline void tile(const uint8_t* at, const Vectors& x, Real* to) {
+  constexpr bool half = KIND == HALF8 || KIND == HALF4 || KIND == CENTERED4;
   Real out[T];
   UNROLLED
   for (int t = 0; t < T; t++) out[t] = zero_real();
@@ -82,8 +86,10 @@ static inline void tile(const uint8_t* at, const Vectors& x, Real* to) {
     UNROLLED
     for (int t = 0; t < T; t++)
       UNROLLED
-      for (int p = 0; p < P; p++)
-        dot[t][p] = offset_of(KIND) ? broadcast(-offset_of(KIND) * x.sums[(t * x.blocks + b) * P + p]) : zero_int();
+      for (int p = 0; p < P; p++) {
+        const int32_t* const sum = x.sums + (t * x.blocks + b) * P + p;
+        dot[t][p] = offset_of(KIND) == 128 ? broadcast(*sum) : offset_of(KIND) == 8 ? sixteenth(broadcast(*sum)) : zero_int();
+      }
     if constexpr (bits_of(KIND) == 4) {
       UNROLLED
       for (int c = 0; c < 4; c++) {
@@ -108,19 +114,16 @@ static inline void tile(const uint8_t* at, const Vectors& x, Real* to) {
       }
     }
     const uint8_t* const after = at + codes_of(KIND);
-    constexpr bool half = KIND == HALF8 || KIND == HALF4 || KIND == CENTERED4;
     Real scale = KIND == ROW8 ? zero_real() : half ? load_half(after) : load_real(after);
     Real zero = !has_zero(KIND) ? zero_real() : half ? load_half(after + 32) : load_real(after + 64);
     UNROLLED
     for (int t = 0; t < T; t++) {
       const int64_t i = t * x.blocks + b;
-      Real sum;
-      if constexpr (P == 3)
-        sum = fma(to_real(plus(shifted(dot[t][0]), dot[t][1])), broadcast(256.0f), to_real(dot[t][2]));
-      else if constexpr (P == 2)
-        sum = to_real(plus(shifted(dot[t][0]), dot[t][1]));
-      else
-        sum = to_real(dot[t][0]);
+      Int whole = dot[t][0];
+      UNROLLED
+      for (int p = 1; p < (P == 3 && !fits(KIND) ? 2 : P); p++) whole = plus(shifted(whole), dot[t][p]);
+      Real sum = to_real(whole);
+      if constexpr (P == 3 && !fits(KIND)) sum = fma(sum, broadcast(256.0f), to_real(dot[t][2]));
       const Real unit = broadcast(x.unit[i]);
       out[t] = KIND == ROW8 ? fma(sum, unit, out[t]) : fma(times(sum, unit), scale, out[t]);
       if constexpr (has_zero(KIND)) out[t] = fma(zero, broadcast(x.total[i]), out[t]);
@@ -138,7 +141,7 @@ static inline Vectors from(const Vectors& x, int P, int64_t t) {
 // Rows 16 begin .. 16 end of y, a vector of N each `step` numbers; those from N on are not written.
 template <int KIND, int P>
 static void rows(const uint8_t* blocks, const float* scale, const Vectors& x, int64_t T, int64_t N, int64_t begin, int64_t end, float* y, int64_t step) {
-  constexpr int MANY = P == 1 ? 2 * MOST : MOST;
+  constexpr int MANY = P == 1 ? MOST_LIGHT : MOST;
   for (int64_t n = begin; n < end; n++) {
     const uint8_t* const at = blocks + n * x.blocks * bytes_of(KIND);
     const int count = N - 16 * n < 16 ? int(N - 16 * n) : 16;
