@@ -4,31 +4,19 @@ and what it does not know.
 
 import dataclasses
 
+import operated
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from operated import CONFIG
 
 import funcattn as fa
 from funcattn.caches import Branch
 from funcattn.compilation import fused
-from funcattn.quantization import tiles
 
-pytestmark = [
-    pytest.mark.skipif(bool(tiles.missing()), reason=tiles.missing()),
-    pytest.mark.cpu("the operator funcattn::layers is for the CPU"),
-]
+pytestmark = operated.MARKS
 
-CONFIG = fa.Config(
-    vocabulary=48,
-    width=64,
-    layers=2,
-    heads=4,
-    kv_heads=2,
-    head_size=16,
-    feed_forward=96,
-    context=600,
-)
 MODELS = {
     "float32": ({}, None),
     "float32, odd sizes": ({"positions": "learned", "width": 40, "feed_forward": 37}, None),
@@ -76,12 +64,9 @@ def ids(n, seed=0):
 
 
 def quantized(config, scheme, seed=0):
-    """Norms of their own, and matrices so large that attention chooses and gates close."""
-    vary = lambda w: (
-        w + 0.3 * fa.random.normal(fa.key(w.numel()), tuple(w.shape)) if w.dim() == 1 else 6 * w
-    )
-    params = fa.tree.map(vary, fa.decoder(config).init(fa.key(seed)))
-    return params if scheme is None else fa.quantize(scheme)(params)
+    """`weights` with norms of their own."""
+    vary = lambda w: w + 0.3 * fa.random.normal(fa.key(w.numel()), tuple(w.shape))
+    return operated.weights(config, scheme, seed, vary)
 
 
 def exact(config, params, tokens, past):
