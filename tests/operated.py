@@ -1,9 +1,15 @@
 """Models that the operators of all layers run, those that they do not, and how near a step is."""
 
+import pytest
 import torch
 
 import funcattn as fa
+from funcattn.quantization import tiles
 
+MARKS = [
+    pytest.mark.skipif(bool(tiles.missing()), reason=tiles.missing()),
+    pytest.mark.cpu("the operator funcattn::layers is for the CPU"),
+]
 CONFIG = fa.Config(
     vocabulary=48,
     width=64,
@@ -72,13 +78,19 @@ def ids(n, seed=0):
     return torch.randint(0, 48, (n,), generator=torch.Generator().manual_seed(seed))
 
 
-def quantized(config, scheme, seed=0):
-    """Norms of their own, and matrices so large that attention chooses and gates close."""
-    vary = lambda w: (
-        w + 0.3 * fa.random.normal(fa.key(w.numel()), tuple(w.shape)) if w.dim() == 1 else 6 * w
-    )
-    params = fa.tree.map(vary, fa.decoder(config).init(fa.key(seed)))
+def weights(config=CONFIG, scheme=None, seed=0, norm=lambda w: w):
+    """Matrices so large that attention chooses and gates close, quantized by a scheme; norms are
+    ones, or what `norm` makes of these.
+    """
+    larger = lambda w: norm(w) if w.dim() == 1 else 6 * w
+    params = fa.tree.map(larger, fa.decoder(config).init(fa.key(seed)))
     return params if scheme is None else fa.quantize(scheme)(params)
+
+
+def quantized(config, scheme, seed=0):
+    """`weights` with norms of their own."""
+    vary = lambda w: w + 0.3 * fa.random.normal(fa.key(w.numel()), tuple(w.shape))
+    return weights(config, scheme, seed, vary)
 
 
 def exact(config, params, tokens, past):

@@ -96,7 +96,7 @@ UNMIRRORED = {"__init__", "__main__"}  # which say what is in other modules
 # modules without a file of their own: a test of their room, or of what calls them, holds their laws
 TESTED_BY = {
     # The room is tested through its face, in whose words the laws are.
-    "caches.caches": "caches: branch dense making rows",
+    "caches.caches": "caches: branch dense making",
     "cli.cli": "cli: arguments chatting commands evaluating generating inspecting machine sessions "
     "templating",
     "collectives.collectives": "collectives: bindings groups operations verbs",

@@ -33,8 +33,8 @@ from .branch import Branch, flatten, fork, fork_many, rows_of
 from .codes import QuantizedBlock
 from .delta import joined
 from .dense import Cache
-from .grouped import Grouped
-from .hybrid import Hybrid
+from .grouped import Grouped, in_groups
+from .hybrid import Hybrid, with_states
 from .making import make
 from .paged import Pages, pages
 from .protocol import (
@@ -100,6 +100,7 @@ __all__ = [
     "fork_many",
     "grow",
     "groups",
+    "in_groups",
     "joined",
     "keeps_all",
     "make",
@@ -117,5 +118,6 @@ __all__ = [
     "states",
     "why_not_coded",
     "with_length",
+    "with_states",
     "write",
 ]

@@ -18,8 +18,8 @@ from ..layers import State
 from ..records import record
 from . import display
 from .dense import Cache
-from .grouped import Grouped, each, split
-from .hybrid import Hybrid
+from .grouped import Grouped, each, in_groups, split
+from .hybrid import Hybrid, with_states
 from .protocol import (
     Delta,
     KVCache,
@@ -87,15 +87,14 @@ def fork_many(cache: Past, delta: Delta, size: int) -> KVCache:
     return Branch(cache.prefix, after)
 
 
-def _tail(delta: Delta, size: int) -> Cache | Grouped | Hybrid:
+def _tail(delta: Delta, size: int) -> KVCache:
     alike = lambda rows: [(x.shape[-3], x.shape[-1]) for x in rows]
     made: list[Cache] = []
     for _, some in itertools.groupby(zip(delta.k, delta.v, strict=True), alike):
         (k, v), *more = some
         rows = [x.new_zeros(1 + len(more), x.shape[-3], size + 1, x.shape[-1]) for x in (k, v)]
         made.append(Cache(rows[0], rows[1], torch.zeros((), dtype=torch.int64, device=k.device)))
-    whole = made[0] if len(made) == 1 else Grouped(tuple(made))
-    return Hybrid(whole, tuple(steps.before for steps in delta.steps)) if delta.steps else whole
+    return with_states(in_groups(made), (steps.before for steps in delta.steps))
 
 
 @door
@@ -110,7 +109,7 @@ def flatten(branch: KVCache) -> KVCache:
         TypeError: not a Branch, or a tail whose kind does not keep all rows unquantized.
     """
     if found := states(branch):
-        return Hybrid(flatten(_rows_alone(branch)), found)
+        return with_states(flatten(_rows_alone(branch)), found)
     if isinstance(branch, Grouped):
         return each(branch, flatten)
     if not isinstance(branch, Branch):

@@ -13,6 +13,7 @@ from ..core.autograd import is_recorded
 from ..kernels import Part
 from ..records import record
 from . import display, rows
+from .making import features_of
 from .protocol import (
     Delta,
     admit,
@@ -51,7 +52,7 @@ class Cache(NamedTuple):
         value_size: int | None = None,
     ) -> "Cache":
         """An empty cache with room for `size` tokens, on torch's default device."""
-        features = head_size, head_size if value_size is None else value_size
+        features = features_of(head_size, value_size)
         k, v = (torch.zeros(layers, heads, size + 1, D, dtype=dtype) for D in features)
         return cls(k, v, torch.zeros((), dtype=torch.int64))
 
@@ -100,7 +101,8 @@ def _(cache: Cache, delta: Delta, n: int | Tensor, donate: bool) -> Cache:
         return Cache(k, v, new.after)
     pairs = (cache.k, new.k), (cache.v, new.v)
     if donate and (found := rows.overwritten(pairs, new.before, new.count)) is not None:
-        return Cache(*found, new.after)
+        k, v = found
+        return Cache(k, v, new.after)
     step = torch.arange(new.k.shape[-2], device=new.k.device)
     # Rejected rows go to the scratch row.
     row = torch.where(step < new.count, cache.length + step, capacity(cache))

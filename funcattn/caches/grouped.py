@@ -4,7 +4,7 @@ The layers of the first cache come first, then those of the second, and so on; a
 tensors in the same order. All have one length, capacity and kind.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -48,6 +48,11 @@ class Grouped(NamedTuple):
     def length(self) -> Tensor:
         """Number of tokens in each of the caches, int64 ()."""
         return self.groups[0].length
+
+
+def in_groups(groups: Sequence[KVCache]) -> KVCache:
+    """The only cache, or several as a `Grouped`."""
+    return groups[0] if len(groups) == 1 else Grouped(tuple(groups))
 
 
 def each(cache: Grouped, f: Callable[..., KVCache], *more: tuple[object, ...]) -> Grouped:

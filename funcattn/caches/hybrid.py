@@ -8,6 +8,7 @@ A state cannot be shortened: `with_length` raises, except for the length that a 
 older cache, or commit fewer tokens.
 """
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
@@ -57,6 +58,12 @@ class Hybrid(NamedTuple):
     def length(self) -> Tensor:
         """Number of tokens that were read, int64 ()."""
         return self.rows.length
+
+
+def with_states(rows: KVCache, states: Iterable[State]) -> KVCache:
+    """The rows alone, or with states as a `Hybrid`, where there are any."""
+    held = tuple(states)
+    return Hybrid(rows, held) if held else rows
 
 
 @states.register

@@ -1,4 +1,7 @@
-"""`make`: an empty cache of any kind; values may be of another size than keys."""
+"""`make`: an empty cache of any kind; values may be of another size than keys.
+
+And what `empty` of several kinds needs.
+"""
 
 import inspect
 from collections.abc import Sequence
@@ -41,3 +44,8 @@ def make(
         remedy = "Give its `empty` that argument (docs/caches.md), or use fa.Cache."
         errors.fail("cache", "kind", wanted, got, remedy, TypeError)
     return kind.empty(layers, heads, size, head_size, dtype, value_size=value_size)
+
+
+def features_of(head_size: int, value_size: int | None) -> tuple[int, int]:
+    """The features of a key and of a value, from the arguments of `empty`."""
+    return head_size, head_size if value_size is None else value_size

@@ -21,6 +21,7 @@ from ..kernels import Part
 from ..records import record
 from . import display, rows
 from .branch import Branch, fork, rows_of
+from .making import features_of
 from .protocol import (
     Delta,
     admit,
@@ -101,8 +102,8 @@ class pages:  # a value that is called like a function: model.cache(size, kind=p
         n = max(1, -(-size // self.block))
         zero = torch.zeros((), dtype=dtype)
         unwritten = lambda D: (zero.expand(layers, heads, self.block, D),) * n
-        values = head_size if value_size is None else value_size
-        return Pages(unwritten(head_size), unwritten(values), torch.zeros((), dtype=torch.int64))
+        k, v = map(unwritten, features_of(head_size, value_size))
+        return Pages(k, v, torch.zeros((), dtype=torch.int64))
 
 
 @capacity.register

@@ -30,6 +30,7 @@ from ..records import record
 from . import coded_rows, display, rows
 from .codes import QuantizedBlock, bits_of, encode_keys, encode_values
 from .dense import Cache
+from .making import features_of
 from .protocol import (
     Admitted,
     Delta,
@@ -135,8 +136,9 @@ class quantized:
             rows = lambda n: torch.zeros(layers, heads, n, D, dtype=dtype)
             return (block,) * n, rows(self.recent + R), rows(self.sinks)
 
-        k, tail_k, first_k = side(head_size, encode_keys)
-        v, tail_v, first_v = side(head_size if value_size is None else value_size, encode_values)
+        of_keys, of_values = features_of(head_size, value_size)
+        k, tail_k, first_k = side(of_keys, encode_keys)
+        v, tail_v, first_v = side(of_values, encode_values)
         length = torch.zeros((), dtype=torch.int64)
         return QuantizedCache(k, v, tail_k, tail_v, first_k, first_v, length)
 

@@ -24,6 +24,7 @@ from ..kernels import Part
 from ..masks import END
 from ..records import record
 from . import display, rows
+from .making import features_of
 from .protocol import (
     Admitted,
     Delta,
@@ -111,7 +112,7 @@ class ring:  # a value that is called like a function: model.cache(size, kind=ri
         value_size: int | None = None,
     ) -> Ring:
         """An empty ring on torch's default device; `size` has no effect."""
-        features = head_size, head_size if value_size is None else value_size
+        features = features_of(head_size, value_size)
         zeros = lambda n, D: torch.zeros(layers, heads, n, D, dtype=dtype)
         rows = [zeros(n, D) for n in (self.sinks, self.window - 1, self.tail) for D in features]
         return Ring(*[*rows, *torch.zeros(2, dtype=torch.int64).unbind()])

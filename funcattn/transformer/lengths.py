@@ -112,7 +112,7 @@ def empty(
         caches.make(kind, layers, heads, size, features, dtype)
         for layers, heads, *features in cache_sizes(config, cached)
     ]
-    return made[0] if len(made) == 1 else caches.Grouped(tuple(made))
+    return caches.in_groups(made)
 
 
 def length_of(places: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import caches, layers
-from ..caches import Hybrid, KVCache
+from ..caches import KVCache
 from ..core import errors
 from ..kernels.dtypes import accurate
 from ..layers import ConvolutionState, DeltaState, State, Steps, Weight
@@ -51,12 +51,9 @@ def mix(
 
 def with_states(config: Config, rows: KVCache, dtype: torch.dtype | None) -> KVCache:
     """An empty cache of these rows and of the empty states of the recurrent layers, if any."""
-    numbers = config.recurrent_layers
-    if not numbers:
-        return rows
     dtype = torch.get_default_dtype() if dtype is None else dtype
-    kinds = [MIXERS[config.layer_spec(i).mixer] for i in numbers]
-    return Hybrid(rows, tuple(kind.empty(config, dtype) for kind in kinds))
+    kinds = [MIXERS[config.layer_spec(i).mixer] for i in config.recurrent_layers]
+    return caches.with_states(rows, (kind.empty(config, dtype) for kind in kinds))
 
 
 def states_of(config: Config, cache: Past) -> dict[int, State]:

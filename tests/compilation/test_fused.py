@@ -8,17 +8,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from operated import CONFIG, MODELS, OTHERS, check, ids, quantized
+from operated import CONFIG, MARKS, MODELS, OTHERS, check, ids, quantized
 
 import funcattn as fa
 from funcattn.caches import Branch
 from funcattn.compilation import fused
-from funcattn.quantization import tiles
 
-pytestmark = [
-    pytest.mark.skipif(bool(tiles.missing()), reason=tiles.missing()),
-    pytest.mark.cpu("the operator funcattn::layers is for the CPU"),
-]
+pytestmark = MARKS
 
 
 @pytest.fixture

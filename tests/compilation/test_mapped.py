@@ -3,10 +3,12 @@
 The peer is the model itself, in float32, under the same vmap or mask.
 """
 
+import operated
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from operated import CONFIG, weights
 from torch.func import vmap
 
 import funcattn as fa
@@ -14,35 +16,15 @@ from funcattn.caches import Branch
 from funcattn.compilation import fused
 from funcattn.quantization import tiles
 
-pytestmark = [
-    pytest.mark.skipif(bool(tiles.missing()), reason=tiles.missing()),
-    pytest.mark.cpu("the operator funcattn::layers is for the CPU"),
-]
+pytestmark = operated.MARKS
 
-CONFIG = fa.Config(
-    vocabulary=48,
-    width=64,
-    layers=2,
-    heads=4,
-    kv_heads=2,
-    head_size=16,
-    feed_forward=96,
-    context=600,
-)
 MODEL = fa.decoder(CONFIG)
 FAST = fa.compile(MODEL, backend="eager")
 SCHEMES = {"float32": None, "int8": fa.int8, "int4": fa.int4}
 BITS = {"float32": 32, "int8": 8, "int4": 4}
 
 
-def weights(scheme):
-    """Matrices so large that attention chooses."""
-    larger = lambda w: 6 * w if w.dim() > 1 else w
-    params = fa.tree.map(larger, MODEL.init(fa.key(0)))
-    return params if scheme is None else fa.quantize(scheme)(params)
-
-
-PARAMS = {name: weights(scheme) for name, scheme in SCHEMES.items()} if not tiles.missing() else {}
+PARAMS = {} if tiles.missing() else {name: weights(CONFIG, SCHEMES[name]) for name in SCHEMES}
 
 
 def ids(*shape, seed=0):
@@ -321,7 +303,7 @@ def test_trees_of_several_texts_are_one_call(calls):
 
 def test_what_is_mapped_or_differentiated_besides_runs_as_the_model(calls):
     params, past, tokens = PARAMS["float32"], filled("float32", 20, 11), ids(3, 2)
-    models = stacked([params, weights(None), params])
+    models = stacked([params, weights(), params])
     ensemble = lambda m: vmap(lambda p, t: m.extend(p, t, past)[0])(models, tokens)
     norms = torch.stack([params.norm, 2 * params.norm, params.norm])
     of_norm = lambda m: vmap(lambda n, t: m.extend(params._replace(norm=n), t, past)[0])(

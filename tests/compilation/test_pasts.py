@@ -4,6 +4,7 @@ decoder over what the codes stand for as that of floats is.
 
 import dataclasses
 
+import operated
 import pytest
 import torch
 from torch.func import vmap
@@ -11,25 +12,12 @@ from torch.func import vmap
 import funcattn as fa
 from funcattn.caches import Branch, quantized
 from funcattn.compilation import fused
-from funcattn.quantization import tiles
 
-pytestmark = [
-    pytest.mark.skipif(bool(tiles.missing()), reason=tiles.missing()),
-    pytest.mark.cpu("the operator funcattn::layers is for the CPU"),
-]
+pytestmark = operated.MARKS
 
-CONFIG = fa.Config(
-    vocabulary=48,
-    width=64,
-    layers=2,
-    heads=4,
-    kv_heads=2,
-    head_size=32,
-    feed_forward=96,
-    context=600,
-)
+CONFIG = dataclasses.replace(operated.CONFIG, head_size=32)
 MODEL = fa.decoder(CONFIG)
-PARAMS = fa.tree.map(lambda w: w if w.dim() == 1 else 6 * w, MODEL.init(fa.key(0)))
+PARAMS = operated.weights(CONFIG)
 TOKENS = fa.random.randint(fa.key(1), (300,), 0, 48)
 
 
