@@ -10,8 +10,10 @@ import functools
 import importlib.metadata
 import importlib.util
 import tempfile
+import time
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -47,6 +49,25 @@ def q4_0() -> Path:
     if llama.llama_model_quantize(source, str(target).encode(), ctypes.byref(settings)):
         raise RuntimeError("llama_model_quantize fails")
     return target
+
+
+def tell(threads: int, prompt: Sequence[int], steps: int = 64) -> None:
+    """Print how fast tokens are written behind a prompt, the median of five runs."""
+    if not HERE:
+        print("llama.cpp: llama-cpp-python is not installed")
+    for form, file in files().items():
+        context, seconds, n = Context(file, threads=threads, room=1024), [], len(prompt) - 1
+        context.read(prompt[:-1], 0)
+        for _ in range(5):
+            begun = time.perf_counter()
+            context.write(prompt[-1:], n, steps)
+            seconds.append((time.perf_counter() - begun) / steps)
+        context.close()
+        each = median(seconds)
+        print(
+            f"llama.cpp {form}, {threads} thread(s): {1 / each:.1f} tokens/s, {1e3 * each:.1f} ms "
+            "a token"
+        )
 
 
 class Context:
@@ -94,6 +115,14 @@ class Context:
         kind = ctypes.POINTER(ctypes.c_float * (self.V * (len(rows) - first)))
         found = ctypes.cast(self.llama.llama_get_logits(self.context), kind).contents
         return torch.frombuffer(found, dtype=torch.float32).view(-1, self.V)
+
+    def write(self, last: Sequence[int], position: int, steps: int) -> None:
+        """Steps of all texts from their last tokens on, greedily, which are forgotten then."""
+        now = list(last)
+        for i in range(steps):
+            now = self.step(now, position + i).argmax(-1).tolist()
+        for text in range(len(now)):
+            self.llama.llama_memory_seq_rm(self.memory, text, position, -1)
 
     def forget(self, position: int = 0) -> None:
         """Drop what the first text has from a position on."""

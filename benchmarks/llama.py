@@ -160,20 +160,11 @@ def futures(
     for name, context in zip(files, contexts, strict=True):
         context.read(text[:-1].tolist(), 0)
         context.fork(count)
-        candidates[f"llama.cpp {name}"] = partial(written, context, text, count)
+        candidates[f"llama.cpp {name}"] = partial(context.write, [int(text[-1])] * count, n, STEPS)
     timings = interleave(candidates, repeats=max(turns // 4, 1), warmup=0)
     for context in contexts:
         context.close()
     return f"{count} futures of {n}, tokens/s", threads, timings
-
-
-def written(context: _llama.Context, text: torch.Tensor, count: int, steps: int = STEPS) -> None:
-    """Futures of what a context has read, greedily, which are forgotten then."""
-    last, n = [int(text[-1])] * count, len(text) - 1
-    for i in range(steps):
-        last = context.step(last, n + i).argmax(-1).tolist()
-    for sequence in range(count):
-        context.llama.llama_memory_seq_rm(context.memory, sequence, n, -1)
 
 
 def page(rows: list[Row], turns: int) -> str:
