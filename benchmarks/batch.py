@@ -16,7 +16,6 @@ First the step is taken apart: the layers without a past, behind it, the head, a
 
 import argparse
 import copy
-import ctypes
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -24,6 +23,7 @@ from functools import partial
 from pathlib import Path
 from statistics import median
 
+import _llama
 import torch
 import transformers
 from _timing import Timing, interleave
@@ -178,45 +178,18 @@ def seconds(run: Callable[[], object], repeats: int = 5) -> float:
 
 def llama_cpp(text: torch.Tensor, futures: int, tokens: int, threads: int) -> float | None:
     """Tokens a second of as many sequences behind one that they share; None where it is missing."""
-    try:
-        import llama_cpp as llama
-    except ImportError:
+    if not _llama.HERE:
         return None
-    llama.llama_backend_init()
-    loaded = llama.llama_model_load_from_file(
-        str(locate("smollm2-135m")).encode(), llama.llama_model_default_params()
+    T = len(text) - 1
+    context = _llama.Context(
+        locate("smollm2-135m"), threads=threads, room=T + futures * (tokens + 1), texts=futures
     )
-    settings, T = llama.llama_context_default_params(), len(text) - 1
-    settings.n_ctx, settings.n_batch = T + futures * (tokens + 1), max(T, futures)
-    settings.n_seq_max, settings.kv_unified = futures, True
-    settings.n_threads = settings.n_threads_batch = threads
-    context = llama.llama_init_from_model(loaded, settings)
-    memory, batch = llama.llama_get_memory(context), llama.llama_batch_init(max(T, futures), 0, 1)
-
-    def read(rows: list[tuple[int, int, int]], *, asks: bool) -> None:
-        """Tokens, positions and sequences."""
-        batch.n_tokens = len(rows)
-        for i, (token, position, sequence) in enumerate(rows):
-            batch.token[i], batch.pos[i], batch.logits[i] = token, position, asks
-            batch.n_seq_id[i], batch.seq_id[i][0] = 1, sequence
-        if llama.llama_decode(context, batch):
-            raise RuntimeError("llama_decode fails")
-
-    read([(int(token), i, 0) for i, token in enumerate(text[:-1])], asks=False)
-    for sequence in range(1, futures):
-        llama.llama_memory_seq_cp(memory, 0, sequence, -1, -1)
-    V = llama.llama_vocab_n_tokens(llama.llama_model_get_vocab(loaded))
-    last, begun = [int(text[-1])] * futures, time.perf_counter()
-    for step in range(tokens):
-        read([(token, T + step, i) for i, token in enumerate(last)], asks=True)
-        rows = ctypes.cast(
-            llama.llama_get_logits(context), ctypes.POINTER(ctypes.c_float * (V * futures))
-        ).contents
-        last = torch.frombuffer(rows, dtype=torch.float32).view(futures, V).argmax(-1).tolist()
+    context.read(text[:-1].tolist(), 0)
+    context.fork(futures)
+    begun = time.perf_counter()
+    context.write([int(text[-1])] * futures, T, tokens)
     speed = futures * tokens / (time.perf_counter() - begun)
-    llama.llama_batch_free(batch)
-    llama.llama_free(context)
-    llama.llama_model_free(loaded)
+    context.close()
     return speed
 
 

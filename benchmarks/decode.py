@@ -8,8 +8,8 @@ SmolLM2-135M, batch one, a chat of 44 tokens. First token by token: all float32 
 same text, and take turns at each token of it, so that a neighbour that wakes up wakes up for all.
 "By rows" is the same tree with each matrix stored row after row, as in the file: equal shapes and
 numbers in another order than `fa.load` gives. The limit is one matrix-vector product over as many
-bytes as the weights have. llama.cpp, where xllamacpp is installed, decodes the file's own Q4_1
-blocks, by its own clock. Then steps behind 500 tokens in pasts with more and more room, and, whole,
+bytes as the weights have. llama.cpp, where llama-cpp-python is installed, writes behind the
+same chat (see `_llama`). Then steps behind 500 tokens in pasts with more and more room, and, whole,
 16 tokens by either `generate` behind a past that each has read before. Prefill and loading come
 last.
 
@@ -24,9 +24,9 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
-from statistics import median
 from typing import Any
 
+import _llama
 import torch
 import transformers
 from _cuda import milliseconds, read_ceiling, require
@@ -63,7 +63,7 @@ def main() -> None:
     peer = of_transformers(loaded)
     prompt = torch.tensor(loaded.tokenizer.prompt(MESSAGES))
     token_by_token(loaded, peer, prompt, options)
-    llama_cpp(options.threads)
+    _llama.tell(options.threads, prompt.tolist())
     capacities(loaded, options)
     whole(loaded, peer, prompt, options)
     for T in (len(prompt), 512):
@@ -185,35 +185,6 @@ def token_by_token(
     speeds(timings, 1)
     bandwidth = memory_limit.bandwidth(size, {name: t.wall for name, t in timings.items()})
     print(f"memory reads {bandwidth / 1e9:.1f} GB/s; the weights are {size / 1e6:.0f} MB")
-
-
-def llama_cpp(threads: int) -> None:
-    """What llama.cpp says of itself: 64 tokens from the file's quantized blocks, five times."""
-    try:
-        import xllamacpp
-    except ImportError:
-        return
-    from funcattn.checkpoints.sources import locate
-
-    settings = xllamacpp.CommonParams()
-    settings.model.path, settings.n_ctx = str(locate("smollm2-135m")), 512
-    settings.cpuparams.n_threads = settings.cpuparams_batch.n_threads = threads
-    settings.warmup = True
-    server = xllamacpp.Server(settings)
-    request = {
-        "prompt": "The capital of France is",
-        "n_predict": 64,
-        "temperature": 0.0,
-        "ignore_eos": True,
-    }
-    speeds = [
-        server.handle_completions(request)["timings"]["predicted_per_second"] for _ in range(5)
-    ]
-    speed = median(speeds)
-    print(
-        f"llama.cpp Q4_1, {threads} thread(s): {speed:.1f} tokens/s, {1e3 / speed:.1f} ms a "
-        "token, by its own clock"
-    )
 
 
 def capacities(loaded: fa.Loaded, options: argparse.Namespace) -> None:

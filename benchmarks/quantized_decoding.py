@@ -8,18 +8,19 @@ GGUF file as they are. Candidates take turns of 8 tokens: were they to change at
 would find the caches filled by the others, and a model that reads a fifth of the bytes would pay
 most for it. MBU is the bytes of the weights over the time, as a share of the bandwidth of
 the fastest plain pass over float32. Then a step of 5 tokens beside one of 1, as where drafts are
-verified. llama.cpp, where xllamacpp is installed, decodes the file by its own clock, before and
-after. Where other programs take the processor, CPU time says more than wall time: both are printed.
-Last a prompt of 512 tokens, beside transformers in float32. "8 bits" are the same weights with
-activations of 8 bits (`fa.quantization.round_activations`), which is what llama.cpp multiplies.
+verified. llama.cpp, where llama-cpp-python is installed (see `_llama`), writes 64 tokens before
+and after. Where other programs take the processor, CPU time says more than wall time: both are
+printed. Last a prompt of 512 tokens, beside transformers in float32. "8 bits" are the same weights
+with activations of 8 bits (`fa.quantization.round_activations`), which is what llama.cpp
+multiplies.
 """
 
 import argparse
 import functools
 from collections.abc import Callable, Iterator
-from statistics import median
 from typing import Any
 
+import _llama
 import torch
 import transformers
 from _timing import interleave
@@ -63,7 +64,7 @@ def main() -> None:
     if options.only in (None, "steps"):
         steps(compiled, trees | rounded, 3 * options.turns)
     if options.only in (None, "prefill"):
-        prefill(model, trees | rounded, fa.Loaded(config, params, tokenizer), options)
+        prefill(compiled, trees | rounded, fa.Loaded(config, params, tokenizer), options)
 
 
 def decoding(
@@ -92,9 +93,9 @@ def decoding(
         for name, tree in trees.items():
             candidates[f"{name} {how}"] = functools.partial(turn, written(tree, made))
     candidates |= memory_limit.reads(whole)
-    llama_cpp(options.threads)
+    _llama.tell(options.threads, prompt.tolist())
     timings = interleave(candidates, repeats=options.turns, warmup=WARMUP)
-    llama_cpp(options.threads)
+    _llama.tell(options.threads, prompt.tolist())
     bandwidth = memory_limit.bandwidth(whole, {name: t.wall for name, t in timings.items()})
     print(f"\nmemory: {bandwidth / 1e9:.1f} GB/s")
     for name, timing in timings.items():
@@ -142,10 +143,14 @@ def prefill(
     assert torch.equal(ours["float32"](), theirs())
     print(f"\na prompt of {PROMPT} tokens; {dense_products.explain()}")
     candidates = {"transformers": theirs, **ours}
-    if (server := llama_server(options.threads)) is not None:
-        request = {"prompt": prompt.tolist(), "n_predict": 1, "cache_prompt": False}
-        candidates["llama.cpp Q4_1"] = lambda: server.handle_completions(request)
-        assert candidates["llama.cpp Q4_1"]()["timings"]["prompt_n"] == PROMPT
+    for form, file in _llama.files().items():
+        context = _llama.Context(file, threads=options.threads, room=2 * PROMPT)
+
+        def whole(context: _llama.Context = context) -> None:
+            context.forget()
+            context.read(prompt.tolist(), 0)
+
+        candidates[f"llama.cpp {form}"] = whole
     timings = interleave(candidates, repeats=options.turns, warmup=1)
     base = timings["transformers"]
     for name, timing in timings.items():
@@ -154,40 +159,6 @@ def prefill(
             f"of CPU, {base.wall / timing.wall:.2f} of transformers ({base.cpu / timing.cpu:.2f} "
             "by CPU time)"
         )
-
-
-def llama_server(threads: int) -> Any:
-    """llama.cpp with the file's blocks, or None."""
-    try:
-        import xllamacpp
-    except ImportError:
-        return None
-    settings = xllamacpp.CommonParams()
-    settings.model.path, settings.n_ctx = str(locate("smollm2-135m")), 2 * PROMPT
-    settings.cpuparams.n_threads = settings.cpuparams_batch.n_threads = threads
-    settings.warmup = True
-    return xllamacpp.Server(settings)
-
-
-def llama_cpp(threads: int) -> None:
-    """What llama.cpp says of itself: 64 tokens from the file's quantized blocks, five times."""
-    server = llama_server(threads)
-    if server is None:
-        print("llama.cpp: xllamacpp is not installed")
-        return
-    request = {
-        "prompt": "The capital of France is",
-        "n_predict": 64,
-        "temperature": 0.0,
-        "ignore_eos": True,
-    }
-    speed = median(
-        server.handle_completions(request)["timings"]["predicted_per_second"] for _ in range(5)
-    )
-    print(
-        f"llama.cpp Q4_1, {threads} thread(s): {speed:.1f} tokens/s, {1e3 / speed:.1f} ms a "
-        "token, by its own clock"
-    )
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ layers.cpp  funcattn::layers: all layers of a decoder for a few tokens of one te
               matrices.h is common
 dense.cpp   funcattn::linear: a matrix of floats times many vectors; many.h what is common to
 prompts.cpp   funcattn::prompt: all layers of a decoder for many tokens of one text
+rounded.cpp   products of matrices in tiles with many vectors of 8 bits
 words.cpp   funcattn::words: random words, by the cipher of cipher.h
 attention   attention.cpp: funcattn::native_attend and native_attend_jvp; forward.h their
               arithmetic on the products and the exponential of gemm.h; vectors.h the vectors

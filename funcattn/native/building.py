@@ -54,6 +54,7 @@ SOURCES = tuple(
         "coded.cpp",
         "dense.cpp",
         "prompts.cpp",
+        "rounded.cpp",
         "dense.h",
         "many.h",
         "words.cpp",

@@ -5,6 +5,8 @@
 
 #include <torch/csrc/stable/tensor.h>
 
+#include "matrices.h"
+
 // A matrix (N, K) of floats, and where its results go. `step` is the distance of its rows, or of its columns where these are contiguous.
 struct Dense {
   const float* w;
@@ -23,3 +25,7 @@ void multiply(const Dense* which, int64_t count, const float* x, int64_t T, int6
 
 // In place, the first R features of some heads of D features, half-split.
 void rotate(float* row, int64_t heads, int64_t D, const float* cos, const float* sin, int64_t R);
+
+// As `multiply` of matrices.h, where all of them multiply vectors rounded to 8 bits: the same numbers, faster. False, and y of no meaning,
+// where it is not for these matrices, vectors or instructions.
+bool multiply_rounded(const Matrix* which, int64_t count, const float* x, int64_t T, int64_t K, float* y, int64_t step);

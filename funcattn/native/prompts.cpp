@@ -32,6 +32,10 @@ void by_rows(int64_t T, int64_t size, const F& f) {
   torch::stable::parallel_for(0, T, 1 + 32768 / size, f);
 }
 
+void times_tiles(const Matrix* which, int64_t count, const float* x, int64_t T, int64_t K, float* y, int64_t step) {
+  if (!multiply_rounded(which, count, x, T, K, y, step)) multiply(which, count, x, T, K, y, step);
+}
+
 // The matrices of all layers, in tiles or as they are.
 struct Factors {
   std::vector<Dense> dense;
@@ -65,7 +69,7 @@ struct Factors {
         for (Dense& one : some) one.y = y, y += one.N;
         ::multiply(some.data(), many, x, T, K, K, step, STORE);
       } else {
-        ::multiply(tiles.data() + i, many, x, T, K, y, step);
+        times_tiles(tiles.data() + i, many, x, T, K, y, step);
         for (int64_t j = i; j < i + many; j++) y += tiles[j].rows;
       }
     }
@@ -80,7 +84,7 @@ struct Factors {
     }
     const int64_t N = tiles[i].rows;
     room.resize(size_t(T * N));
-    ::multiply(&tiles[i], 1, x, T, K, room.data(), N);
+    times_tiles(&tiles[i], 1, x, T, K, room.data(), N);
     by_rows(T, N, [&](int64_t begin, int64_t end) {
       for (int64_t j = begin * N; j < end * N; j++) y[j] += room[j];
     });

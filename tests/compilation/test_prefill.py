@@ -81,6 +81,28 @@ def test_activations_may_be_rounded(calls):
     assert len(calls) == 2
 
 
+@pytest.mark.parametrize("heads", [1, 2, 4])
+@pytest.mark.parametrize(
+    "scheme",
+    [fa.int8, fa.int8(group=32), fa.int4, fa.int4(symmetric=True)],
+    ids=["int8", "int8 in groups", "int4", "int4, symmetric"],
+)
+def test_products_with_rounded_activations_are_those_of_a_few_vectors(calls, scheme, heads):
+    """Values of the first layer, of vectors whose norm is the same number in every arithmetic."""
+    config = dataclasses.replace(CONFIG, kv_heads=heads, layers=1, width=96, tied=False)
+    params = fa.decoder(config).init(fa.key(0))
+    signs = fa.random.normal(fa.key(1), (48, 96)).sign()
+    first = params.layers[0]._replace(attention_norm=fa.random.normal(fa.key(2), (96,)))
+    params = fa.quantize(scheme)(params._replace(layers=(first,), embedding=signs.clone()))
+    near = fa.quantization.round_activations()(params)._replace(embedding=signs)
+    model = fa.decoder(config)
+    fast = fa.compile(model, backend="eager")
+    for n in (16, 23, T, 60):
+        got, wanted = (m.extend(near, ids(n))[1].v[0] for m in (fast, model))
+        torch.testing.assert_close(got, wanted, rtol=0, atol=1e-6 * float(wanted.abs().max()))
+    assert len(calls) == 4
+
+
 def test_codes_and_floats_are_one_operator_too(calls):
     params, floats = quantized(CONFIG, fa.int8), fa.dequantize(quantized(CONFIG, fa.int8))
     first, *others = params.layers
