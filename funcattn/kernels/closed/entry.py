@@ -97,7 +97,8 @@ def _attend(
     tensors = [q, k, v]
     if grouped:
         tensors = [q.unflatten(-3, (K, H // K)), k.unsqueeze(-3), v.unsqueeze(-3)]
-    spec = AttendSpec(scale, masks, biased, kernel)
+    # a number of Python: that of a symbolic head size goes into no text of a contraction
+    spec = AttendSpec(float(scale), masks, biased, kernel)
     out, lse = attend_in_family(spec, *tensors, *laid)
     if rate:
         keys = dropout.head_keys(optional[-1], (*lead, H))
