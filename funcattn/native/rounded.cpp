@@ -16,7 +16,7 @@ namespace {
 constexpr int VECTORS = 6, PAIR = 2;          // whose sums of integers and of floats are 24 registers
 constexpr int64_t DIGIT_BYTES = 3 << 17;      // of vectors that stay near while the matrices are read
 
-// Of some vectors, by groups of VECTORS, and in each by blocks: digits (32), sums of these, unit and total of a vector behind each other.
+// Of some vectors, by groups of VECTORS, and in each by blocks: digits (32), sums of these times -128, unit and total of a vector behind each other.
 struct Rounded {
   int64_t T, B;
   std::vector<int8_t> digits;
@@ -118,7 +118,7 @@ static bool round_vector(const float* x, int64_t K, int64_t t, Rounded& to) {
   int64_t odd = 0;
   for (int64_t b = 0; b < to.B; b++) {
     const int64_t i = to.at(t) + b * many + t % VECTORS;
-    odd += to_digits<1>(x + 32 * b, std::min<int64_t>(32, K - 32 * b), 1, &to.digits[32 * i], &to.sums[i], &to.unit[i], &to.total[i]);
+    odd += to_digits<1>(x + 32 * b, std::min<int64_t>(32, K - 32 * b), 1, 32, &to.digits[32 * i], &to.sums[i], &to.unit[i], &to.total[i]);
   }
   return !odd;
 }
@@ -147,16 +147,13 @@ bool multiply_rounded(const Matrix* which, int64_t count, const float* x, int64_
       for (int64_t i = begin; i < end; i++) has_digits[i] = round_vector(x + (t + i) * K, K, i, vectors);
     });
     if (!std::all_of(has_digits.begin(), has_digits.end(), [](char has) { return has; })) return false;
-    // What a code stands for less it: of all codes of a block together, where they are not the numbers themselves.
-    std::vector<int32_t> starts[2];
-    for (int four_bits = 0; four_bits < 2; four_bits++) {
-      starts[four_bits] = vectors.sums;
-      for (int32_t& sum : starts[four_bits]) sum *= -offset_of(four_bits ? CENTERED4 : ROW8);
-    }
+    // What a code stands for less it, of all codes of a block together, where they are not the numbers themselves: 128 or 8 a code.
+    std::vector<int32_t> of_four_bits = vectors.sums;
+    for (int32_t& sum : of_four_bits) sum /= offset_of(ROW8) / offset_of(CENTERED4);
     torch::stable::parallel_for(0, int64_t(tasks.size()), 1 + (1 << 21) / (some * K * 32), [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; i++) {
         const auto [w, n, column] = tasks[i];
-        PAIRS[w->kind](*w, vectors, starts[bits_of(w->kind) == 4].data(), n, y + t * step + column, step);
+        PAIRS[w->kind](*w, vectors, (bits_of(w->kind) == 4 ? of_four_bits : vectors.sums).data(), n, y + t * step + column, step);
       }
     });
   }
