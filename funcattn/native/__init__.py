@@ -13,7 +13,8 @@ prompts.cpp   funcattn::prompt: all layers of a decoder for many tokens of one t
 words.cpp   funcattn::words: random words, by the cipher of cipher.h
 attention   attention.cpp: funcattn::native_attend and native_attend_jvp; forward.h their
               arithmetic on the products and the exponential of gemm.h; vectors.h the vectors
-              of each processor
+              of each processor. contract.cpp: funcattn::native_contract; contract.h its
+              interpreter, pairs.h its products of bfloat16, work.h the room of a task
 targets.h   regions of code for instructions that the processor is asked for at run time
 """
 
