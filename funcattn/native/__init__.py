@@ -14,7 +14,8 @@ rounded.cpp   products of matrices in tiles with many vectors of 8 bits
 words.cpp   funcattn::words: random words, by the cipher of cipher.h
 attention   attention.cpp: funcattn::native_attend and native_attend_jvp; forward.h their
               arithmetic on the products and the exponential of gemm.h; vectors.h the vectors
-              of each processor
+              of each processor. contract.cpp: funcattn::native_contract; contract.h its
+              interpreter, pairs.h its products of bfloat16, work.h the room of a task
 targets.h   regions of code for instructions that the processor is asked for at run time
 """
 

@@ -74,6 +74,7 @@ SOURCES = tuple(
         "attention/contract.h",
         "attention/program.h",
         "attention/pairs.h",
+        "attention/rows.h",
         "attention/work.h",
         "attention/threefry.h",
         "attention/vectors.h",
