@@ -230,6 +230,12 @@ def draw(
         ValueError: the sampler filtered every token, or returned NaN (checked where values are
             concrete, in every row under vmap).
     """
+    if sampler is greedy:  # as below, without a tensor of -inf for all other tokens
+        token = logits.argmax(-1)
+        highest = logits.gather(-1, token.unsqueeze(-1)).squeeze(-1)
+        drawable = highest.isfinite()
+        require_drawable("draw", drawable if wanted is None else drawable | ~wanted)
+        return token, state
     filtered, state = _updated(sampler, _accurate(logits), state)
     drawable = filtered.amax(-1).isfinite()
     require_drawable("draw", drawable if wanted is None else drawable | ~wanted)
