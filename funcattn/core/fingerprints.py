@@ -22,7 +22,7 @@ _needs_gradient = attrgetter("requires_grad")
 class _Level(NamedTuple):
     """The nodes and leaves of one depth of a tree, in order."""
 
-    kinds: list[type]
+    kinds: list[type]  # of the nodes
     is_leaf: list[bool]
     is_node: list[bool]
     sizes: list[int]  # of the nodes
@@ -57,7 +57,7 @@ class Fingerprint:
                 return
             self.levels.append(
                 _Level(
-                    list(map(type, level)),
+                    list(map(type, nodes)),
                     is_leaf,
                     is_node,
                     list(map(len, nodes)),
@@ -77,13 +77,15 @@ class Fingerprint:
         found: list[Tensor] = []
         level: list[Tree] = [tree]
         for known in self.levels:
-            if list(map(type, level)) != known.kinds:
+            if len(level) != len(known.is_leaf):
                 return None
             leaves, nodes = (
                 list(compress(level, known.is_leaf)),
                 list(compress(level, known.is_node)),
             )
-            if list(map(id, leaves)) != known.leaves or list(map(len, nodes)) != known.sizes:
+            if list(map(id, leaves)) != known.leaves or list(map(type, nodes)) != known.kinds:
+                return None
+            if list(map(len, nodes)) != known.sizes:
                 return None
             found += leaves
             level = list(chain.from_iterable(nodes))

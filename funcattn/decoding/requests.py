@@ -131,7 +131,8 @@ def check_prompt(verb: str, prompt: object) -> None:
 
 def check_numbers(verb: str, what: str, logits: Tensor, counts: Tensor | None = None) -> None:
     """Fail where logits (*lead, V) are NaN in a row that counts; no check on unreadable values."""
-    wrong = logits.isnan() if counts is None else counts.unsqueeze(-1) & logits.isnan()
+    wrong = logits.amax(-1).isnan()  # NaN is the greatest
+    wrong = wrong if counts is None else counts & wrong
     if errors.is_true(wrong):
         remedy = (
             "Look for NaN in params and in the past; a past that overflowed inside a transform "

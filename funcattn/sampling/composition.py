@@ -227,10 +227,10 @@ def draw(
         token: int64 (). state: of the same structure and shapes as the given one.
 
     Raises:
-        ValueError: the sampler filtered every token, or returned NaN (checked where values are
-            concrete, in every row under vmap).
+        ValueError: the sampler leaves no token, or NaN (where values are concrete, in any row).
     """
-    filtered, state = _updated(sampler, _accurate(logits), state)
+    same = logits, state  # of greedy the largest of all logits is the one that it keeps
+    filtered, state = same if sampler is greedy else _updated(sampler, _accurate(logits), state)
     drawable = filtered.amax(-1).isfinite()
     require_drawable("draw", drawable if wanted is None else drawable | ~wanted)
     token = filtered.argmax(-1) if sampler.deterministic else randomness.categorical(key, filtered)

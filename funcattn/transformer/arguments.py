@@ -144,13 +144,12 @@ def _check_tokens(tokens: Tensor, config: Config, *, has_past: bool) -> None:
             errors.shape(tokens),
             "Give one token an axis: tokens[None].",
         )
-    if errors.is_true((tokens < 0) | (tokens >= config.vocabulary)):
-        known = errors.peek(tokens)
-        bad = (
-            known[(known < 0) | (known >= config.vocabulary)][0].item()
-            if known is not None
-            else "another"
-        )
+    known = errors.peek(tokens)
+    if known is None or not known.numel():
+        return
+    least, most = map(int, known.aminmax())
+    if least < 0 or most >= config.vocabulary:
+        bad = known[(known < 0) | (known >= config.vocabulary)][0].item()
         errors.fail(
             "decoder",
             "tokens",

@@ -326,7 +326,7 @@ class Config:
         """The numbers of the layers whose keys and values are cached, in the order of its rows."""
         return tuple(i for group in self.cache_groups for i in group)
 
-    @property
+    @functools.cached_property
     def cache_groups(self) -> tuple[tuple[int, ...], ...]:
         """These layers, one group for each size of keys: those with a window come first.
 

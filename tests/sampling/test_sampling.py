@@ -445,3 +445,32 @@ def test_earlier_names_go_on_working():
             )
             == 2
         )
+
+
+def test_greedy_draws_what_a_chain_of_it_draws():
+    """`draw` knows `greedy`, and takes the largest logit without a tensor for the others."""
+    rows = torch.tensor(
+        [
+            [0.0, 2.0, 1.0, 2.0],
+            [-torch.inf, -3.0, -torch.inf, -3.0],
+            [-torch.inf] * 4,
+            [0.0, torch.nan, 5.0, 1.0],
+            [torch.inf, 0.0, 1.0, torch.inf],
+        ]
+    )
+    greedy, chained = fa.sampling.greedy, fa.sampling.chain(fa.sampling.greedy)
+    for logits in rows:
+        drawn = []
+        for sampler in (greedy, chained):
+            try:
+                state = fa.sampling.begin(sampler, logits)
+                drawn.append(int(fa.sampling.draw(fa.key(0), sampler, logits, state)[0]))
+            except ValueError as error:
+                drawn.append(str(error))
+        assert drawn[0] == drawn[1]
+    every = lambda sampler: torch.func.vmap(
+        lambda logits, wanted: fa.sampling.draw(
+            fa.key(0), sampler, logits, fa.sampling.begin(sampler, logits), wanted=wanted
+        )[0]
+    )(rows, torch.tensor([True, True, False, False, False]))
+    assert torch.equal(every(greedy), every(chained))
