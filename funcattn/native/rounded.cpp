@@ -118,7 +118,7 @@ static bool round_vector(const float* x, int64_t K, int64_t t, Rounded& to) {
   int64_t odd = 0;
   for (int64_t b = 0; b < to.B; b++) {
     const int64_t i = to.at(t) + b * many + t % VECTORS;
-    odd += to_digits<1>(x + 32 * b, std::min<int64_t>(32, K - 32 * b), 1, &to.digits[32 * i], &to.sums[i], &to.unit[i], &to.total[i]);
+    odd += to_digits<1>(x + 32 * b, std::min<int64_t>(32, K - 32 * b), 1, 32, &to.digits[32 * i], &to.sums[i], &to.unit[i], &to.total[i]);
   }
   return !odd;
 }
