@@ -30,10 +30,12 @@ def contract(spec: ContractSpec, *tensors: Tensor) -> tuple[Tensor, ...]:
     if is_gradient_inside_jvp():
         return apply_at_level(ContractFunction, contract, spec, *tensors)
     tangents = [tangent(x) if is_differentiable(x) else None for x in tensors]
-    primals = [x if dx is None else primal(x) for x, dx in zip(tensors, tangents, strict=True)]
     given = [dx for dx in tangents if dx is not None]
-    # Where autograd records at this level, the gradients need a tangent too.
-    if not given or (torch.is_grad_enabled() and any(x.requires_grad for x in primals)):
+    if not given:
+        return ContractFunction.apply(spec, *tensors)
+    primals = [primal(x) if is_differentiable(x) else x for x in tensors]
+    if torch.is_grad_enabled() and any(x.requires_grad for x in primals):
+        # Autograd records at this level: the gradients need a tangent too.
         return ContractFunction.apply(spec, *tensors)
     index, at = dict[int, int](), len(tensors)
     for place, dx in enumerate(tangents):

@@ -141,7 +141,7 @@ class AttendJvpFunction(Function):
         if any(ctx.has_tangent[:2]):
             tangent_index[L] = len(flat)
             flat.append(dlse)
-        dot = lambda x, y: -(x * y).sum(-1, keepdim=True).to(lse.dtype)
+        dot = lambda x, y: _minus_dot(x, y, lse.dtype)
         of_out, of_dout = (None if x is None else dot(x, out) for x in (g, g_dout))
         if g_dout is not None:
             of_out = add(of_out, dot(g_dout, dout))
@@ -241,7 +241,7 @@ def _vjp(
         flat.append(g)
     delta = g_lse
     if g is not None:
-        delta = -(g * out).sum(-1, keepdim=True).to(lse.dtype)
+        delta = _minus_dot(g, out, lse.dtype)
         # if only the values have an axis, the sum over it must count the log-sum-exp once
         if g_lse is not None:
             delta = delta + g_lse * (g_lse.numel() / max(delta.numel(), 1))
@@ -286,3 +286,10 @@ def _jvp(
     if not rest:
         return accumulator, torch.zeros_like(lse)
     return accumulator - (rest[0] * out).to(out.dtype), rest[0]
+
+
+def _minus_dot(x: Tensor, y: Tensor, wide: torch.dtype) -> Tensor:
+    """-x . y of rows, in the dtype of statistics: rounded to bfloat16 before, the error of it would
+    be one of the gradients of q and k where logits are large.
+    """
+    return -(x.to(wide) * y).sum(-1, keepdim=True)

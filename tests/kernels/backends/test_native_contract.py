@@ -339,8 +339,9 @@ def test_blocks_of_their_own_size_are_the_definition(instructions, dtype, mask):
     assert_is_definition(*first_gradient(150, 301, 64, dtype, mask=mask), [dtype] * 3)
 
 
-def test_gradients_in_bfloat16_are_as_near_as_those_of_torch():
-    q, k, v, g = (normal(n, (1, 2, 300, 64)).bfloat16() for n in range(4))
+@pytest.mark.parametrize("size", [1, 4])
+def test_gradients_in_bfloat16_are_as_near_as_those_of_torch(size):
+    q, k, v, g = (normal(n, (1, 2, 300, 64)).mul(size).bfloat16() for n in range(4))
     leaves = [x.clone().requires_grad_() for x in (q, k, v)]
     theirs = torch.autograd.grad(scaled_dot_product_attention(*leaves), leaves, g)
     ours = vjp(lambda *x: fa.attention(*x, kernel="native"), q, k, v)[1](g)
