@@ -4,7 +4,6 @@ A model family is a setting of these fields, never a subclass: `checkpoints.fami
 from checkpoints.
 """
 
-import functools
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -326,7 +325,7 @@ class Config:
         """The numbers of the layers whose keys and values are cached, in the order of its rows."""
         return tuple(i for group in self.cache_groups for i in group)
 
-    @functools.cached_property
+    @property
     def cache_groups(self) -> tuple[tuple[int, ...], ...]:
         """These layers, one group for each size of keys: those with a window come first.
 
@@ -337,12 +336,12 @@ class Config:
         """
         return groups_of(self)
 
-    @functools.cached_property
+    @property
     def near(self) -> "Config":
         """The config of the layers with a window, where these have other heads, or sinks."""
         return near_of(self)
 
-    @functools.cached_property
+    @property
     def far(self) -> "Config":
         """The config of the others."""
         return far_of(self)

@@ -4,11 +4,13 @@ A layer is computed by the config of its sizes, `of_layer`: what reads a config 
 of no other. A config is not typed by its class here: that module imports this one.
 """
 
+import functools
 from dataclasses import replace
 from typing import Any, NamedTuple
 
 from .mixers import ATTENTIVE, STATELESS
 
+KEPT = 256  # configs whose groups of layers are remembered; not in them, where `vars` would find it
 LIKE = {"local_head_size": None, "local_kv_heads": None, "local_sinks": False}  # all layers
 
 
@@ -83,6 +85,7 @@ def has_sizes(config: Any) -> bool:
     ) != config.kv_heads
 
 
+@functools.lru_cache(maxsize=KEPT)
 def near_of(config: Any) -> Any:
     """`Config.near`."""
     sizes = {
@@ -92,11 +95,13 @@ def near_of(config: Any) -> Any:
     return replace(config, **{**LIKE, **sizes})
 
 
+@functools.lru_cache(maxsize=KEPT)
 def far_of(config: Any) -> Any:
     """`Config.far`."""
     return replace(config, **{**LIKE, "sinks": config.sinks and not config.local_sinks})
 
 
+@functools.lru_cache(maxsize=KEPT)
 def groups_of(config: Any) -> tuple[tuple[int, ...], ...]:
     """`Config.cache_groups`."""
     numbers = [i for i in range(config.layers) if config.layer_spec(i).caches]

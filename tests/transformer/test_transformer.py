@@ -381,6 +381,13 @@ def test_a_config_is_a_value():
     assert len({fa.Config(), fa.Config(layers=2), fa.Config(layers=3)}) == 2
 
 
+def test_what_a_config_computes_is_no_field_of_it():
+    config = fa.Config(window=8, window_layers=(True, False), layers=2, local_head_size=8)
+    assert config.cache_groups == ((0,), (1,))
+    assert config.near.head_size == 8 != config.far.head_size
+    assert fa.Config(**vars(config)) == config
+
+
 def test_compiled_code_takes_the_step_in_one_graph():
     step = torch.compile(
         lambda tokens, past: MODEL.apply(PARAMS, tokens, past), fullgraph=True, backend="eager"
