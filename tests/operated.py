@@ -8,7 +8,7 @@ from funcattn.quantization import tiles
 
 MARKS = [
     pytest.mark.skipif(bool(tiles.missing()), reason=tiles.missing()),
-    pytest.mark.cpu("the operator funcattn::layers is for the CPU"),
+    pytest.mark.cpu("the operators of all layers are for the CPU"),
 ]
 CONFIG = fa.Config(
     vocabulary=48,

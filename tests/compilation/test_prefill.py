@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 import torch
-from operated import CONFIG, MODELS, OTHERS, check, ids, quantized
+from operated import CONFIG, MARKS, MODELS, OTHERS, check, ids, quantized
 
 import funcattn as fa
 from funcattn import native
@@ -16,10 +16,7 @@ from funcattn.layers import dense_products
 from funcattn.layers.dense_products import Measured
 from funcattn.quantization import tiles
 
-pytestmark = [
-    pytest.mark.skipif(bool(tiles.missing()), reason=tiles.missing()),
-    pytest.mark.cpu("the operator funcattn::prompt is for the CPU"),
-]
+pytestmark = MARKS
 T = 37  # more than the tokens of a step, and no multiple of a tile
 
 
