@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..core.huge_pages import placed
 from ..core.tensor_cache import prepared_from
 from ..records import ABSENT
 from . import packing, tiles
@@ -35,8 +36,8 @@ def tile_int8(codes: Tensor, scale: Tensor, *, rows: int = 1) -> Tiles | None:
     def make() -> Tiles:
         bytes_ = _blocks(codes.view(torch.uint8) ^ 128, 8)
         if by_row:
-            return Tiles(bytes_, scale.float().clone())
-        return Tiles(torch.cat([bytes_, _numbers(_exact(scale), K)], -1), _rows_of(N))
+            return Tiles(placed(bytes_), scale.float().clone())
+        return Tiles(placed(torch.cat([bytes_, _numbers(_exact(scale), K)], -1)), _rows_of(N))
 
     if not by_row and (K % scale.shape[-1] or K // scale.shape[-1] % COLUMNS):
         return None
@@ -60,7 +61,7 @@ def tile_int4(codes: Tensor, scale: Tensor, zero: Tensor, *, rows: int = 1) -> T
         if wide[0].dtype != wide[1].dtype:
             wide = wide[0].float(), wide[1].float()
         after = [_numbers(part, 2 * half) for part in wide[: 1 if centered else 2]]
-        return Tiles(torch.cat([_blocks(numbers, 4), *after], -1), _rows_of(N))
+        return Tiles(placed(torch.cat([_blocks(numbers, 4), *after], -1)), _rows_of(N))
 
     return prepared_from([codes, scale, zero], make, "tiles")
 
@@ -74,7 +75,8 @@ def tile_narrow(codes: Tensor, scale: Tensor, *, rows: int = 1) -> Tiles | None:
         bytes_ = _blocks(codes.view(torch.uint8) ^ 128, 8, COLUMNS // 2)
         after = _numbers(scale.float(), codes.shape[-1], COLUMNS // 2)
         room = NARROW - bytes_.shape[-1] - after.shape[-1]
-        return Tiles(F.pad(torch.cat([bytes_, after], -1), (0, room)), _rows_of(len(codes)))
+        padded = F.pad(torch.cat([bytes_, after], -1), (0, room))
+        return Tiles(placed(padded), _rows_of(len(codes)))
 
     return prepared_from([codes, scale], make, "narrow tiles")
 
@@ -89,7 +91,7 @@ def tile_affine(codes: Tensor, scale: Tensor, zero: Tensor, *, rows: int = 1) ->
 
     def make() -> Tiles:
         after = [_numbers(part.float(), K) for part in (scale, zero)]
-        return Tiles(torch.cat([_blocks(codes, 8), *after], -1), _rows_of(len(codes)))
+        return Tiles(placed(torch.cat([_blocks(codes, 8), *after], -1)), _rows_of(len(codes)))
 
     return prepared_from([codes, scale, zero], make, "tiles")
 
@@ -104,7 +106,7 @@ def tile_floats(weight: Tensor, *, rows: int = 1) -> Tiles | None:
 
     def make() -> Tiles:
         padded = F.pad(weight.detach(), (0, 0, 0, -len(weight) % ROWS))
-        return Tiles(padded.unflatten(0, (-1, ROWS)).mT.contiguous(), _rows_of(len(weight)))
+        return Tiles(placed(padded.unflatten(0, (-1, ROWS)).mT), _rows_of(len(weight)))
 
     return prepared_from([weight], make, "tiles")
 
