@@ -6,8 +6,8 @@ longer than a layer, so the comparison is done by built-ins in C.
 """
 
 from collections.abc import Callable, Sequence
-from itertools import chain, compress
-from operator import attrgetter
+from itertools import chain, compress, groupby
+from operator import attrgetter, itemgetter
 from typing import NamedTuple
 from weakref import ref
 
@@ -20,13 +20,43 @@ _needs_gradient = attrgetter("requires_grad")
 
 
 class _Level(NamedTuple):
-    """The nodes and leaves of one depth of a tree, in order."""
+    """The nodes and leaves of one depth of a tree, in order, without `()` of nodes."""
 
     kinds: list[type]  # of the nodes
     is_leaf: list[bool]
     is_node: list[bool]
     sizes: list[int]  # of the nodes
     leaves: list[int]  # ids
+    filled: list["_Filled | None"]  # of the nodes; empty where none of them has a `()`
+
+
+class _Filled(NamedTuple):
+    """Which children of a node are not `()`.
+
+    A layer of a decoder has some seventy fields, most of which are `()`: slices of a tuple are
+    compared faster than its children are counted.
+    """
+
+    blank: tuple[tuple[slice, tuple[()]], ...]
+    select: Callable[[Sequence[Tree]], tuple[Tree, ...]]
+
+
+def _filled(node: tuple[Tree, ...]) -> _Filled | None:
+    is_blank = [type(x) is tuple and not x for x in node]
+    if not any(is_blank):
+        return None
+    blank: list[tuple[slice, tuple[()]]] = []
+    first = 0
+    for empty, run in groupby(is_blank):
+        last = first + len(list(run))
+        if empty:
+            blank.append((slice(first, last), node[first:last]))
+        first = last
+    some = [slice(i, i + 1) for i, empty in enumerate(is_blank) if not empty]
+    if len(some) < 2:  # itemgetter gives one item by itself
+        only = some[0] if some else slice(0, 0)
+        return _Filled(tuple(blank), itemgetter(only))
+    return _Filled(tuple(blank), itemgetter(*[cut.start for cut in some]))
 
 
 class Fingerprint:
@@ -39,6 +69,7 @@ class Fingerprint:
 
     Modifications that torch does not count in `_version` are missed: through `.data` or by
     assigning it, through numpy, or to an inference tensor. Replace such a tensor (`w.clone()`).
+    `()` and a record without fields are alike.
 
     Law: `leaves` gives those of an equal arrangement of the same unwritten tensors, and None of any
         other (test_fingerprints.py).
@@ -55,17 +86,18 @@ class Fingerprint:
             if len(leaves) + len(nodes) < len(level):
                 self.levels = None
                 return
-            self.levels.append(
-                _Level(
-                    list(map(type, nodes)),
-                    is_leaf,
-                    is_node,
-                    list(map(len, nodes)),
-                    list(map(id, leaves)),
-                )
+            filled = list(map(_filled, nodes))
+            known = _Level(
+                list(map(type, nodes)),
+                is_leaf,
+                is_node,
+                list(map(len, nodes)),
+                list(map(id, leaves)),
+                filled if any(filled) else [],
             )
+            self.levels.append(known)
             found += leaves
-            level = list(chain.from_iterable(nodes))
+            level = _below(known, nodes) or []
         self.has_version = [not leaf.is_inference() for leaf in found]
         self.versions = list(map(_version, compress(found, self.has_version)))
         self.alive = [ref(leaf, lambda _: gone()) for leaf in found]
@@ -75,9 +107,9 @@ class Fingerprint:
         if self.levels is None:
             return None
         found: list[Tensor] = []
-        level: list[Tree] = [tree]
+        level: list[Tree] | None = [tree]
         for known in self.levels:
-            if len(level) != len(known.is_leaf):
+            if level is None or len(level) != len(known.is_leaf):
                 return None
             leaves, nodes = (
                 list(compress(level, known.is_leaf)),
@@ -88,12 +120,31 @@ class Fingerprint:
             if list(map(len, nodes)) != known.sizes:
                 return None
             found += leaves
-            level = list(chain.from_iterable(nodes))
+            level = _below(known, nodes)
         return (
             found
-            if list(map(_version, compress(found, self.has_version))) == self.versions
+            if not level and list(map(_version, compress(found, self.has_version))) == self.versions
             else None
         )
+
+
+def _below(known: _Level, nodes: Sequence[tuple[Tree, ...]]) -> list[Tree] | None:
+    """The children of the nodes of a level that are not `()`; None where others are `()`."""
+    if not known.filled:
+        return list(chain.from_iterable(nodes))
+    found: list[Tree] = []
+    for node, filled in zip(nodes, known.filled, strict=True):
+        if filled is None:
+            found.extend(node)
+            continue
+        for cut, blank in filled.blank:
+            try:
+                if node[cut] != blank:
+                    return None
+            except Exception:  # of an object that does not compare with a tuple
+                return None
+        found.extend(filled.select(node))
+    return found
 
 
 def is_differentiated(leaves: Sequence[Tensor]) -> bool:

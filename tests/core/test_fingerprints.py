@@ -4,6 +4,7 @@ import gc
 import weakref
 from typing import NamedTuple
 
+import numpy
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -23,7 +24,10 @@ class Couple(NamedTuple):
 
 
 LEAVES = [torch.zeros(2) for _ in range(3)]
+EMPTY = ((), (), ())
+
 nodes = lambda inner: st.one_of(
+    st.lists(inner, max_size=2).map(lambda some: (*EMPTY, *some, *EMPTY)),
     st.lists(inner, max_size=3).map(tuple),
     st.builds(Pair, inner, inner),
     st.builds(Couple, inner, inner),
@@ -93,3 +97,18 @@ def test_tensors_without_a_version_are_known_too():
 def test_a_gradient_that_is_asked_for_is_seen():
     assert not is_differentiated(LEAVES)
     assert is_differentiated([*LEAVES, torch.ones(2, requires_grad=True)])
+
+
+def test_what_takes_the_place_of_nothing_is_seen():
+    a, b, c = LEAVES
+    tree = Couple((a, (), (), b, ()), ((), a))
+    fingerprint = Fingerprint(tree, lambda: None)
+    assert fingerprint.leaves(rebuilt(tree)) is not None
+    first, second = tree
+    for other in (c, (c,), [], [c], numpy.zeros(3), numpy.zeros(0), 0, None, ((),)):
+        assert fingerprint.leaves(Couple((a, other, (), b, ()), second)) is None
+        assert fingerprint.leaves(Couple((a, (), (), b, other), second)) is None
+        assert fingerprint.leaves(Couple(first, (other, a))) is None
+    assert fingerprint.leaves(Couple((a, (), b, (), ()), second)) is None
+    assert fingerprint.leaves(Couple((a, (), (), (), ()), second)) is None
+    assert fingerprint.leaves(Couple((), second)) is None
