@@ -214,3 +214,22 @@ class Attended(NamedTuple):
 
     out: Tensor
     lse: Tensor
+
+
+class Hashed:
+    """A dataclass whose hash is computed once, in no field: of eighty fields it takes 30 us.
+
+    A copy in another process computes its own, since the hash of a str differs between processes.
+    """
+
+    __slots__ = ("_hash",)
+
+    def __hash__(self) -> int:
+        try:
+            return self._hash
+        except AttributeError:
+            object.__setattr__(self, "_hash", hash(tuple(vars(self).values())))
+            return self._hash
+
+    def __getstate__(self) -> dict[str, object]:
+        return dict(vars(self))

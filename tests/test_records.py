@@ -1,6 +1,9 @@
 """What records print: what is there, and statistics that a vmap made as rows."""
 
+import copy
+import dataclasses
 import inspect
+import pickle
 
 import pytest
 import torch
@@ -84,3 +87,14 @@ def test_an_older_name_beside_the_newer_one_is_refused():
     with pytest.raises(TypeError, match="prime is observe_prompt, which is given too"):
         fa.sampling.Sampler(nothing, nothing, nothing, prime=nothing, observe_prompt=nothing)
     assert "observe_prompt" in str(inspect.signature(fa.sampling.Sampler))
+
+
+def test_a_hash_is_computed_once_and_is_of_its_process():
+    config = fa.Config(window=8)
+    assert hash(config) == hash(fa.Config(window=8)) == hash(config)
+    assert config._hash == hash(config)
+    assert "_hash" not in vars(config)
+    for copied in (copy.copy(config), pickle.loads(pickle.dumps(config))):
+        assert not hasattr(copied, "_hash")
+        assert copied == config
+    assert hash(dataclasses.replace(config, window=9)) != hash(config)

@@ -12,6 +12,7 @@ from .. import layers
 from ..core import errors
 from ..core.doors import made
 from ..layers import RopeScaling
+from ..records import Hashed
 from .layer_sizes import check_sizes
 from .layer_spec import LayerSpec, far_of, groups_of, near_of, spec_of
 from .mixers import check_latent, check_mixers, check_parts
@@ -30,7 +31,7 @@ Kind = LayerSpec  # its deprecated name
 
 @made
 @dataclass(frozen=True)
-class Config:
+class Config(Hashed):
     """Hyperparameters of a decoder. Hashable, without tensors; the defaults make a tiny model.
 
     A field that differs between layers is a tuple of one bool for each, `()` for True everywhere.
@@ -298,6 +299,8 @@ class Config:
                 "False where blocks follow each other",
                 "Set parallel=True, or let each have its norm.",
             )
+
+    __hash__ = Hashed.__hash__  # in place of that of dataclass
 
     @property
     def head_sizes(self) -> tuple[int, int]:
