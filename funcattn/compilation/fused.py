@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .. import collectives, layers, transformer
 from ..caches import Cache, Delta
-from ..layers import Rotation, Weight
+from ..layers import Weight
 from ..quantization import tiles
 from ..quantization.tiles import Tiles, has_row_scale
 from ..quantization.tiling import tile_floats
@@ -170,21 +170,18 @@ def run(
     matrices: Weights,
     stack: Sequence[Layer],
     x: Tensor,
-    positions: Tensor,
+    turns: tuple[Tensor, Tensor],
     parts: Sequence[Cache],
     mask: Tensor | None = None,
     codes: Codes = NO_CODES,
 ) -> tuple[Tensor, Delta]:
     """The residual (T, E) after all layers, and keys and values (K, T, D) of each.
 
-    mask: bool (T, T), what the new tokens see of each other, as in a tree; None is causal. All see
-    the past. Under vmap it is one call for all rows, and a past that is not mapped is read once.
+    turns: cos and sin (T, R) of `rotations.Turns`. mask: bool (T, T), what the new tokens see of
+    each other, as in a tree; None is causal. All see the past. Under vmap it is one call for all
+    rows, and a past that is not mapped is read once.
     """
-    rotation = transformer.layer_context(
-        config, config.layer_spec(0), positions, None, x.dtype, True
-    ).rotation
-    turns = rotation if isinstance(rotation, Rotation) else [x[:, :0]] * 2
-    cos, sin = (part.reshape(1, len(x), -1).contiguous() for part in turns)
+    cos, sin = (part[None] for part in turns)
     norms = [
         norm.contiguous()
         for layer in stack

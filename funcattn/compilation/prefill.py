@@ -17,7 +17,7 @@ from ..caches import Cache, Delta
 from ..core.autograd import has_tangent
 from ..core.fingerprints import Fingerprint, is_differentiated
 from ..kernels import Kernel, dispatch
-from ..layers import Rotation, Weight, dense_products
+from ..layers import Weight, dense_products
 from ..models import Past
 from ..quantization.tiles import Tiles, has_row_scale
 from ..records import is_absent
@@ -26,6 +26,7 @@ from ..tree import leaves as leaves_of
 from . import fused
 from .conditions import is_dense, is_plain
 from .pasts import parts_of
+from .rotations import computed
 
 MIN_TOKENS = dense_products.MIN_ROWS
 _FIRST = torch.zeros(1, dtype=torch.int64, device="cpu")  # a token id
@@ -133,11 +134,7 @@ def run(
     config: Config, weights: Weights, x: Tensor, positions: Tensor, past: Sequence[Cache]
 ) -> tuple[Tensor, Delta, bool]:
     """The residual (T, E) behind all layers, keys and values, and whether all of it is finite."""
-    rotation = transformer.layer_context(
-        config, config.layer_spec(0), positions, None, x.dtype, True
-    ).rotation
-    turns = rotation if isinstance(rotation, Rotation) else [x[:, :0]] * 2
-    cos, sin = (part.reshape(len(x), -1).contiguous() for part in turns)
+    cos, sin = computed(config, positions)
     seen = lambda rows, part: rows[: config.layers, :, : int(part.length)]
     keys, values = ([seen(getattr(part, name), part) for part in past] for name in ("k", "v"))
     sizes = config.heads, config.kv_heads, config.scale, config.norm_epsilon

@@ -28,6 +28,7 @@ from . import fused
 from .compiled import Rows, rows, several
 from .conditions import MAX_STEP_TOKENS, is_dense, is_mapped, is_plain, is_plainly_mapped, is_step
 from .pasts import codes_in_common, parts_of
+from .rotations import Turns
 
 # layers of one compiled function, at most: measured in docs/decisions/a-few-layers-are-one-graph.md
 MAX_COMPILED_LAYERS = 5
@@ -55,6 +56,7 @@ class Stack:
         )
         self.why_not = transformer.why_not(config)  # why nothing is compiled, or ""
         self.compiled = code  # a _Function for each form of call, common to models of one decoder
+        self.turns = Turns(config)
         self.held: dict[int, _Prepared] = {}  # T, the number of vectors -> prepared weights
 
     def forms(self, params: Params, tokens: Tensor, cache: Past) -> "_Prepared | None":
@@ -151,7 +153,14 @@ class Stack:
                     check_remembered(part.k, x.dtype)
             if forms.fused is not None and self._is_served(cast(KVCache, cache)):
                 return fused.run(
-                    config, forms.fused, params.layers, x, positions, parts, mask, codes
+                    config,
+                    forms.fused,
+                    params.layers,
+                    x,
+                    self.turns.of(positions),
+                    parts,
+                    mask,
+                    codes,
                 )
             return self._compiled(params, x, positions, rows(parts), forms, mask)
 
