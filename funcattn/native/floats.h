@@ -1,7 +1,8 @@
 // What stands between the products of a layer, on floats: norms, gates, attention over rows. Included as products.h is.
 
 constexpr int QUERIES = MOST_LIGHT / 2;  // that share what is loaded of values
-constexpr int64_t NEAR = 64;    // rows of values that a cache holds
+constexpr int64_t NEAR = 64;             // rows of keys or values that a cache holds
+constexpr int64_t LATER = 32;            // rows ahead that are asked for
 
 // x / sqrt(mean x^2 + epsilon) * weight
 static void norm(const float* x, const float* weight, int64_t E, float epsilon, float* y) {
@@ -40,32 +41,66 @@ static void gated(const float* gate, const float* up, int64_t F, float* y) {
   }
 }
 
-// Logits of one query with n <= 16 rows of keys, each `step` numbers behind the one before.
-static inline Real logits_of(const float* q, const float* k, int64_t step, int n, int64_t D) {
-  Real dots[16];
+// Products of Q queries with R rows of keys, `step` numbers apart, lane by lane: of query i and row j at dots[16 i + j].
+template <int Q, int R>
+static inline void products_of(const float* const* q, const float* k, int64_t step, int64_t D, Real* dots) {
+  Real sums[Q][R];
   UNROLLED
-  for (int j = 0; j < 16; j++) dots[j] = zero_real();
-  if (n == 16) {
-    for (int64_t d = 0; d < D; d += 16) {
-      const Real part = load_real((const uint8_t*)(q + d));
-      _Pragma("GCC unroll 16")
-      for (int j = 0; j < 16; j++) dots[j] = fma(part, load_real((const uint8_t*)(k + j * step + d)), dots[j]);
+  for (int i = 0; i < Q; i++)
+    _Pragma("GCC unroll 16")
+    for (int j = 0; j < R; j++) sums[i][j] = zero_real();
+  for (int64_t d = 0; d < D; d += 16) {
+    Real query[Q];
+    UNROLLED
+    for (int i = 0; i < Q; i++) query[i] = load_real((const uint8_t*)(q[i] + d));
+    _Pragma("GCC unroll 16")
+    for (int j = 0; j < R; j++) {
+      const float* const at = k + j * step + d;
+      __builtin_prefetch(at + LATER * step);  // rows are read beside each other, which no prefetcher of a processor foresees
+      const Real row = load_real((const uint8_t*)at);
+      UNROLLED
+      for (int i = 0; i < Q; i++) sums[i][j] = fma(query[i], row, sums[i][j]);
     }
-  } else {
-    for (int j = 0; j < n; j++)
-      for (int64_t d = 0; d < D; d += 16) dots[j] = fma(load_real((const uint8_t*)(q + d)), load_real((const uint8_t*)(k + j * step + d)), dots[j]);
   }
-  return sums_of(dots);
+  UNROLLED
+  for (int i = 0; i < Q; i++)
+    _Pragma("GCC unroll 16")
+    for (int j = 0; j < R; j++) dots[16 * i + j] = sums[i][j];
+}
+
+// Logits of Q queries with some rows of keys; as many rows at once as there are registers for.
+template <int Q>
+static inline void score_some(const float* const* q, float* const* to, const float* k, int64_t step, int64_t rows, int64_t D, float scale) {
+  constexpr int R = 16 * MOST_LIGHT / 8 / (Q == 1 ? 1 : Q < 4 ? 2 : 4);
+  for (int64_t s = 0; s < rows; s += 16) {
+    const int n = least(16, rows - s);
+    Real dots[16 * Q];
+    if (n == 16)
+      for (int j = 0; j < 16; j += R) products_of<Q, R>(q, k + (s + j) * step, step, D, dots + j);
+    else {
+      for (int i = 0; i < 16 * Q; i++) dots[i] = zero_real();
+      for (int j = 0; j < n; j++) products_of<Q, 1>(q, k + (s + j) * step, step, D, dots + j);
+    }
+    UNROLLED
+    for (int i = 0; i < Q; i++) store_some(to[i] + s, times(sums_of(dots + 16 * i), broadcast(scale)), n);
+  }
 }
 
 // Logits of Q queries with some rows of keys, each `step` numbers behind the one before; D is a multiple of 16.
 static void score(const float* const* q, float* const* to, int64_t Q, const float* k, int64_t step, int64_t rows, int64_t D, float scale) {
-  for (int64_t s = 0; s < rows; s += 16) {
-    const int n = least(16, rows - s);
-    // Sixteen rows are read beside each other, which no prefetcher of a processor foresees.
-    for (int64_t j = s + 16; j < s + 32 && j < rows; j++)
-      for (int64_t d = 0; d < D; d += 16) __builtin_prefetch(k + j * step + d);
-    for (int64_t i = 0; i < Q; i++) store_some(to[i] + s, times(logits_of(q[i], k + s * step, step, n, D), broadcast(scale)), n);
+  for (int64_t s = 0; s < rows; s += NEAR) {
+    const int64_t some = least(NEAR, rows - s);
+    const float* const from = k + s * step;
+    for (int64_t i = 0; i < Q;) {
+      float* at[QUERIES];
+      const int many = least(QUERIES, Q - i);
+      for (int j = 0; j < many; j++) at[j] = to[i + j] + s;
+      if (many == QUERIES) score_some<QUERIES>(q + i, at, from, step, some, D, scale);
+      if (QUERIES == 4 && many == 3) score_some<3>(q + i, at, from, step, some, D, scale);
+      if (QUERIES == 4 && many == 2) score_some<2>(q + i, at, from, step, some, D, scale);
+      if (many == 1) score_some<1>(q + i, at, from, step, some, D, scale);
+      i += many;
+    }
   }
 }
 
@@ -113,7 +148,10 @@ static inline void mix_some(const float* const* share, float* const* y, const fl
     for (int64_t s = begin; s < begin + rows; s++, v += step) {
       Real part[4];
       UNROLLED
-      for (int c = 0; c < 4; c++) part[c] = load_real((const uint8_t*)(v + 16 * c));
+      for (int c = 0; c < 4; c++) {
+        __builtin_prefetch(v + LATER * step + 16 * c);
+        part[c] = load_real((const uint8_t*)(v + 16 * c));
+      }
       UNROLLED
       for (int i = 0; i < Q; i++) {
         const Real p = broadcast(share[i][s]);
