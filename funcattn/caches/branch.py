@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .. import tree
-from ..core import errors
+from ..core import errors, huge_pages
 from ..core.doors import door
 from ..kernels import Part
 from ..layers import State
@@ -92,7 +92,9 @@ def _tail(delta: Delta, size: int) -> KVCache:
     made: list[Cache] = []
     for _, some in itertools.groupby(zip(delta.k, delta.v, strict=True), alike):
         (k, v), *more = some
-        rows = [x.new_zeros(1 + len(more), x.shape[-3], size + 1, x.shape[-1]) for x in (k, v)]
+        rows = [
+            huge_pages.zeros(x, 1 + len(more), x.shape[-3], size + 1, x.shape[-1]) for x in (k, v)
+        ]
         made.append(Cache(rows[0], rows[1], torch.zeros((), dtype=torch.int64, device=k.device)))
     return with_states(in_groups(made), (steps.before for steps in delta.steps))
 

@@ -6,12 +6,15 @@ pages it waits for a translation at every other kilobyte or so, and those of all
 forgotten on the way.
 """
 
+import math
 import mmap
 import sys
 import threading
 
 import torch
 from torch import Tensor
+
+from . import errors
 
 PAGE = 2 << 20
 SLAB = 4 * PAGE  # tensors that are smaller share one
@@ -47,6 +50,17 @@ def placed(x: Tensor) -> Tensor:
     slab, at = _taken(-(-size // LINE) * LINE)
     y = torch.frombuffer(slab.memory, dtype=x.dtype, count=x.numel(), offset=at).view(x.shape)
     return y.copy_(x)
+
+
+def zeros(like: Tensor, *shape: int) -> Tensor:
+    """`like.new_zeros(shape)` in huge pages, where its size is one of them at least."""
+    size = math.prod(shape) * like.element_size()
+    if not IS_SERVED or size < PAGE or like.device.type != "cpu" or not errors.is_plain(like):
+        return like.new_zeros(shape)
+    slab = _Slab(-(-size // PAGE) * PAGE)
+    return torch.frombuffer(
+        slab.memory, dtype=like.dtype, count=math.prod(shape), offset=slab.used
+    ).view(shape)
 
 
 def _taken(size: int) -> tuple[_Slab, int]:

@@ -6,6 +6,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.func import vmap
 
 import funcattn as fa
 from funcattn.core import huge_pages
@@ -80,3 +82,20 @@ def test_threads_get_memory_of_their_own() -> None:
     with ThreadPoolExecutor(8) as pool:
         made = list(pool.map(make, range(400)))
     assert all(bool((x == i).all()) for i, x in enumerate(made))
+
+
+@pytest.mark.parametrize("size", [5, PAGE // 2, PAGE + 3])
+def test_zeros_are_those_of_torch(size: int) -> None:
+    like = torch.ones(2, dtype=torch.float16)
+    found = huge_pages.zeros(like, 2, size)
+    assert torch.equal(found, like.new_zeros(2, size))
+    found.add_(1)
+    assert bool((huge_pages.zeros(like, 2, size) == 0).all())
+
+
+def test_zeros_inside_transforms_are_those_of_their_level() -> None:
+    found = vmap(lambda x: huge_pages.zeros(x, PAGE).add_(x[0]))(torch.ones(3, 2))
+    assert found.shape == (3, PAGE)
+    with FakeTensorMode() as mode:
+        fake = huge_pages.zeros(mode.from_tensor(torch.ones(2)), PAGE)
+    assert isinstance(fake, FakeTensor)
