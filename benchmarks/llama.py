@@ -5,8 +5,8 @@
 
 SmolLM2-135M by llama-cpp-python (see `_llama`), in the formats of its file (Q4_1) and in Q4_0, its
 fastest; funcattn compiled, with int4 weights whose products are exact in the activations, and with
-activations rounded to 8 bits, which is what llama.cpp multiplies ("8 bits"). One token: a step
-behind a past that stays, in turns of several, logits included. A prompt: 512 tokens and the logits
+activations rounded to 8 bits, which is what llama.cpp multiplies ("8 bits"). One token: of
+16 written greedily behind a past. A prompt: 512 tokens and the logits
 of the last. Futures: 16 and 64 of one past of 1,000 tokens, 32 tokens each, drawn at temperature
 0.8 by funcattn, greedy by llama.cpp, since samplers are not what is asked.
 
@@ -33,7 +33,7 @@ from funcattn.native.building import model_name
 PAGE = Path(__file__).parent / "results" / "llama.md"
 SENTENCE = "The sea was calm, and the keeper wrote. "
 PASTS, PROMPT, FUTURES = (64, 512, 2048), 512, (16, 64)
-SHARED, STEPS, TURN = 1000, 32, 8  # tokens of the past of futures, of a future, of a turn
+SHARED, STEPS, TURN = 1000, 32, 16  # tokens of the past of futures, of a future, of a turn
 Row = tuple[str, int, dict[str, Timing]]  # what, threads, seconds by candidate
 
 
@@ -74,37 +74,24 @@ def token(
     files: dict[str, Path],
     turns: int,
 ) -> Row:
-    """A step of one token behind all others."""
-    n, threads, last = len(text) - 1, torch.get_num_threads(), int(text[-1])
+    """Tokens written greedily behind all others."""
+    n, threads = len(text) - 1, torch.get_num_threads()
     print(f"\na token behind {n}, {threads} thread(s)", flush=True)
     candidates: dict[str, Callable[[], Any]] = {}
     for name, params in trees.items():
         _, past = fa.generate(fa.key(0), model, params, text[:-1], steps=0)
-        candidates[name] = repeated(partial(model.extend, params, text[-1:], past))
+        candidates[name] = partial(
+            fa.generate, fa.key(1), model, params, text[-1:], past, steps=TURN
+        )
     contexts = [_llama.Context(file, threads=threads, room=n + 64) for file in files.values()]
     for name, context in zip(files, contexts, strict=True):
         context.read(text[:-1].tolist(), 0)
-
-        def step(context: _llama.Context = context) -> None:
-            context.read([last], n)
-            context.forget(n)
-
-        candidates[f"llama.cpp {name}"] = repeated(step)
+        candidates[f"llama.cpp {name}"] = partial(context.write, text[-1:].tolist(), n, TURN)
     timings = interleave(candidates, repeats=turns, warmup=2)
     for context in contexts:
         context.close()
     each = {name: Timing(*(x / TURN for x in timing)) for name, timing in timings.items()}
     return f"token behind {n}, ms", threads, each
-
-
-def repeated(run: Callable[[], object]) -> Callable[[], None]:
-    """A turn: one after the other, so that each finds in caches what its last step left."""
-
-    def turn() -> None:
-        for _ in range(TURN):
-            run()
-
-    return turn
 
 
 def prompt(

@@ -1,8 +1,8 @@
 """How fast a machine reads memory: the fastest of a few plain passes over as many bytes.
 
 A matrix-vector product of a BLAS is no limit: on some processors it reads at six tenths of what a
-sum does, and a decoder would seem to be faster than memory. The bytes lie in huge pages where there are
-any, as those of compiled models do: with small ones a sum waits for addresses.
+sum does, and a decoder would seem to be faster than memory. The bytes lie in huge pages where there
+are any, as those of compiled models do: with small ones a sum waits for addresses.
 """
 
 from collections.abc import Callable, Mapping

@@ -5,7 +5,9 @@ the same tensors with the same values. A Python loop over the hundreds of tensor
 longer than a layer, so the comparison is done by built-ins in C.
 """
 
-from collections.abc import Callable, Sequence
+import contextlib
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from itertools import chain, compress, groupby
 from operator import attrgetter, itemgetter
 from typing import NamedTuple
@@ -15,6 +17,7 @@ from torch import Tensor
 
 from ..records import Tree
 
+_thread = threading.local()
 _version = attrgetter("_version")
 _needs_gradient = attrgetter("requires_grad")
 
@@ -104,6 +107,14 @@ class Fingerprint:
 
     def leaves(self, tree: Tree) -> list[Tensor] | None:
         """The tensors of the tree if it is the same and unmodified, else None."""
+        held = _held().get(id(tree))
+        if held is None:
+            return self._compared(tree)
+        if (found := held.known.get(self)) is None and (found := self._compared(tree)) is not None:
+            held.known[self] = found
+        return found
+
+    def _compared(self, tree: Tree) -> list[Tensor] | None:
         if self.levels is None:
             return None
         found: list[Tensor] = []
@@ -126,6 +137,35 @@ class Fingerprint:
             if not level and list(map(_version, compress(found, self.has_version))) == self.versions
             else None
         )
+
+
+class _Held(NamedTuple):
+    """A tree that a loop has, and its tensors by the Fingerprint that knows them."""
+
+    tree: Tree
+    known: dict[Fingerprint, list[Tensor]]
+
+
+def _held() -> dict[int, _Held]:
+    """What loops of this thread have, by id; the id of no other object while it is here."""
+    return getattr(_thread, "held", {})
+
+
+@contextlib.contextmanager
+def unwritten(*trees: Tree) -> Iterator[None]:
+    """Within, these trees are looked at once: they are taken not to be written.
+
+    For loops that give control to no code that may write weights.
+
+    Law: a tree is known again within, and another is not, nor this one after it was written before
+        (test_fingerprints.py).
+    """
+    before = _held()
+    _thread.held = {**before, **{id(tree): _Held(tree, {}) for tree in trees}}
+    try:
+        yield
+    finally:
+        _thread.held = before
 
 
 def _below(known: _Level, nodes: Sequence[tuple[Tree, ...]]) -> list[Tree] | None:

@@ -2,6 +2,7 @@
 
 import gc
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import numpy
@@ -10,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import funcattn as fa
-from funcattn.core.fingerprints import Fingerprint, is_differentiated
+from funcattn.core.fingerprints import Fingerprint, is_differentiated, unwritten
 
 
 class Pair(NamedTuple):
@@ -112,3 +113,48 @@ def test_what_takes_the_place_of_nothing_is_seen():
     assert fingerprint.leaves(Couple((a, (), b, (), ()), second)) is None
     assert fingerprint.leaves(Couple((a, (), (), (), ()), second)) is None
     assert fingerprint.leaves(Couple((), second)) is None
+
+
+def test_a_tree_that_a_loop_has_is_looked_at_once(monkeypatch):
+    a, b, c = (torch.zeros(2) for _ in range(3))
+    tree, other = (a, (b,)), (a, (c,))
+    fingerprint, calls = Fingerprint(tree, lambda: None), []
+    compared = Fingerprint._compared
+    monkeypatch.setattr(
+        Fingerprint, "_compared", lambda self, tree: calls.append(1) or compared(self, tree)
+    )
+    with unwritten(tree):
+        for _ in range(3):
+            assert list(map(id, fingerprint.leaves(tree))) == [id(a), id(b)]
+        assert len(calls) == 1
+        with unwritten(other):
+            assert fingerprint.leaves(other) is None
+            assert fingerprint.leaves(tree) is not None
+        assert fingerprint.leaves((a, (c,))) is None
+        assert fingerprint.leaves(rebuilt(tree)) is not None
+        assert Fingerprint(other, lambda: None).leaves(tree) is None
+    b.add_(1)
+    assert fingerprint.leaves(tree) is None
+    with unwritten(tree):
+        assert fingerprint.leaves(tree) is None
+
+
+def test_what_one_thread_has_is_nothing_to_another():
+    a = torch.zeros(2)
+    tree = ((a,),)
+    fingerprint = Fingerprint(tree, lambda: None)
+    with unwritten(tree), ThreadPoolExecutor(1) as pool:
+        assert fingerprint.leaves(tree) is not None
+        a.add_(1)
+        assert pool.submit(fingerprint.leaves, tree).result() is None
+
+
+def test_weights_written_between_two_calls_are_seen():
+    model = fa.compile(fa.decoder(fa.Config(layers=1)), backend="eager")
+    params, prompt = model.init(fa.key(0)), torch.tensor([1, 2, 3])
+    call = lambda model: fa.generate(fa.key(1), model, params, prompt, steps=6)[0]
+    call(model)
+    with torch.no_grad():
+        params.embedding.mul_(-1.0)
+        params.layers[0].up.mul_(3.0)
+    assert torch.equal(call(model), call(fa.decoder(model.config)))
