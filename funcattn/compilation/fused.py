@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, UntypedStorage
 
 from .. import collectives, layers, transformer
 from ..caches import Cache, Delta
@@ -19,7 +19,7 @@ from ..quantization import tiles
 from ..quantization.tiles import Tiles, has_row_scale
 from ..quantization.tiling import tile_floats
 from ..records import is_absent
-from ..transformer import ANY, Config, Layer, capabilities
+from ..transformer import ANY, Config, Params, capabilities
 from . import mapped
 from .pasts import NO_CODES, Codes
 
@@ -68,21 +68,28 @@ OF_LAYERS = {
     "sparsity": (0.0,),
 }
 LANES = 16  # the size of a head is a multiple of it
+_FIRST = torch.zeros(1, dtype=torch.int64, device="cpu")  # a token id
 
 
 class Weights(NamedTuple):
-    """The matrices of all layers in the operator's format."""
+    """The weights of all layers as the operators take them: where the matrices are, and the norms.
 
-    blocks: list[Tensor]
-    scales: list[Tensor]
-    rows: list[int]
+    plan: int64 of funcattn::plan, the addresses of the matrices, valid as long as these live.
+    norms: float32 (2 L + 1, E), before attention and feed-forward of each layer, and the last.
+    storages: of the matrices.
+    """
+
+    plan: Tensor
+    norms: Tensor
+    storages: list[UntypedStorage]
 
 
-def why_not(config: Config, stack: Sequence[Layer]) -> str:
+def why_not(config: Config, params: Params) -> str:
     """Why the operator does not run these layers, or "" where it does.
 
-    stack: layers whose matrices are in the form of `layers.prepare`, or float32.
+    params: of layers whose matrices are in the form of `layers.prepare`, or float32.
     """
+    stack = params.layers
     if why := transformer.why_not(config, COMPUTES, OF_LAYERS):
         return why
     if len({config.layer_spec(i) for i in range(config.layers)}) > 1:
@@ -109,13 +116,24 @@ def why_not(config: Config, stack: Sequence[Layer]) -> str:
                 return (
                     f"it adds no biases and has two norms a layer, and there is layers.{i}.{name}"
                 )
-        norms = layer.attention_norm, layer.feed_forward_norm
-        if any(
-            not isinstance(norm, Tensor) or norm.dtype != torch.float32 or norm.device.type != "cpu"
-            for norm in norms
+        if not (
+            _is_norm(config, layer.attention_norm) and _is_norm(config, layer.feed_forward_norm)
         ):
             return f"it knows norms with weights of float32, and those of layers.{i} are others"
+    if not _is_norm(config, params.norm):
+        return "it knows norms with weights of float32, and norm is another"
+    if (dtype := layers.embed(params.embedding, _FIRST).dtype) != torch.float32:
+        return f"it knows activations of float32, and those of the embedding are {dtype}"
     return ""
+
+
+def _is_norm(config: Config, weight: Weight) -> bool:
+    return (
+        isinstance(weight, Tensor)
+        and weight.dtype == torch.float32
+        and weight.device.type == "cpu"
+        and weight.shape == (config.width,)
+    )
 
 
 def can_tile(weight: Weight) -> bool:
@@ -148,11 +166,19 @@ def _told(weight: Weight) -> str:
     )
 
 
-def weights(stack: Sequence[Layer]) -> Weights:
-    """The matrices of layers that the operator runs."""
-    all_ = [getattr(layer, name) for layer in stack for name in MATRICES]
-    scales = [weight.scale for weight in all_ if has_row_scale(weight.blocks)]
-    return Weights([weight.blocks for weight in all_], scales, [weight.rows for weight in all_])
+def weights(params: Params) -> Weights:
+    """The weights of layers that the operators run, with matrices in tiles or as they are."""
+    norms = [
+        norm for layer in params.layers for norm in (layer.attention_norm, layer.feed_forward_norm)
+    ]
+    all_ = [getattr(layer, name) for layer in params.layers for name in MATRICES]
+    tiled = [weight for weight in all_ if isinstance(weight, Tiles)]
+    matrices = [weight.blocks if isinstance(weight, Tiles) else weight for weight in all_]
+    scales = [weight.scale for weight in tiled if has_row_scale(weight.blocks)]
+    with torch._C._AutoDispatchBelowAutograd():
+        plan = torch.ops.funcattn.plan(matrices, scales, list(map(_rows, all_)))
+    storages = [x.untyped_storage() for x in (*matrices, *scales)]
+    return Weights(plan, torch.stack([*norms, params.norm]).detach(), storages)
 
 
 def serves(parts: Sequence[Cache]) -> bool:
@@ -167,26 +193,20 @@ def serves(parts: Sequence[Cache]) -> bool:
 
 def run(
     config: Config,
-    matrices: Weights,
-    stack: Sequence[Layer],
+    weights: Weights,
     x: Tensor,
     turns: tuple[Tensor, Tensor],
     parts: Sequence[Cache],
     mask: Tensor | None = None,
     codes: Codes = NO_CODES,
 ) -> tuple[Tensor, Delta]:
-    """The residual (T, E) after all layers, and keys and values (K, T, D) of each.
+    """The residual (T, E) after the last norm, and keys and values (K, T, D) of each.
 
     turns: cos and sin (T, R) of `rotations.Turns`. mask: bool (T, T), what the new tokens see of
     each other, as in a tree; None is causal. All see the past. Under vmap it is one call for all
     rows, and a past that is not mapped is read once.
     """
     cos, sin = (part[None] for part in turns)
-    norms = [
-        norm.contiguous()
-        for layer in stack
-        for norm in (layer.attention_norm, layer.feed_forward_norm)
-    ]
     L = config.layers  # a cache may have more, which store token ids (transformer.lengths)
     keys, values, lengths = (
         [part.k[None, :L] for part in parts],
@@ -198,7 +218,7 @@ def run(
     mapped.register()
     with torch._C._AutoDispatchBelowAutograd():  # no derivatives are taken here
         x, k, v = torch.ops.funcattn.layers.default(
-            *(*matrices, norms, x[None].contiguous(), cos, sin),
+            *(weights.plan, weights.norms, x[None].contiguous(), cos, sin),
             *(keys, values, lengths, among, *sizes, *codes),
         )
     return x[0], Delta(k[0].unbind(0), v[0].unbind(0))

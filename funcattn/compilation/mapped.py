@@ -26,10 +26,8 @@ def register() -> None:
 def _mapped(
     info: VmapInfo,
     in_dims: tuple[Any, ...],
-    blocks: Sequence[Tensor],
-    scales: Sequence[Tensor],
-    rows: Sequence[int],
-    norms: Sequence[Tensor],
+    plan: Tensor,
+    norms: Tensor,
     x: Tensor,
     cos: Tensor,
     sin: Tensor,
@@ -40,7 +38,7 @@ def _mapped(
     *sizes: float,
 ) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
     """The rule: the mapped axis goes before that of texts, and both are one axis of more texts."""
-    _, _, _, _, of_x, of_cos, of_sin, of_keys, of_values, of_lengths, of_among, *_ = in_dims
+    _, _, of_x, of_cos, of_sin, of_keys, of_values, of_lengths, of_among, *_ = in_dims
     B = info.batch_size
     x = x.expand(B, *x.shape) if of_x is None else x.movedim(of_x, 0)
     b = x.shape[1]
@@ -71,7 +69,7 @@ def _mapped(
     lengths = [length.contiguous() for length in lengths]
     with torch._C._AutoDispatchBelowAutograd():
         out = torch.ops.funcattn.layers(
-            *(blocks, scales, rows, norms, x.flatten(0, 1).contiguous(), cos, sin),
+            *(plan, norms, x.flatten(0, 1).contiguous(), cos, sin),
             *(keys, values, lengths, among, *sizes),
         )
     return tuple(y.unflatten(0, (B, b)) for y in out), (0, 0, 0)

@@ -7,7 +7,7 @@ with the residual on those of one. float32 matrices are read as they are, quanti
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple, cast
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ from ..core.fingerprints import Fingerprint, is_differentiated
 from ..kernels import Kernel, dispatch
 from ..layers import Weight, dense_products
 from ..models import Past
-from ..quantization.tiles import Tiles, has_row_scale
+from ..quantization.tiles import Tiles
 from ..records import is_absent
 from ..transformer import Config, Layer, Params
 from ..tree import leaves as leaves_of
@@ -29,16 +29,6 @@ from .pasts import parts_of
 from .rotations import computed
 
 MIN_TOKENS = dense_products.MIN_ROWS
-_FIRST = torch.zeros(1, dtype=torch.int64, device="cpu")  # a token id
-
-
-class Weights(NamedTuple):
-    """The matrices of all layers as the operator takes them, and the norms."""
-
-    matrices: list[Tensor]
-    scales: list[Tensor]
-    rows: list[int]
-    norms: list[Tensor]
 
 
 class Prefill:
@@ -46,7 +36,7 @@ class Prefill:
 
     def __init__(self, config: Config, kernel: str | Kernel | None) -> None:
         self.config, self.kernel = config, kernel
-        self.known: list[tuple[Fingerprint, Weights | None]] = []  # of the last weights
+        self.known: list[tuple[Fingerprint, fused.Weights | None]] = []  # of the last weights
 
     def hidden(self, params: Params, tokens: Tensor, cache: Past) -> tuple[Tensor, Delta] | None:
         """`Model.hidden` of MIN_TOKENS and more behind a dense cache or none; None elsewhere.
@@ -68,10 +58,10 @@ class Prefill:
             x, delta, finite = run(config, weights, x, positions, past)
             return x, delta
 
-        found = transformer.forward_pass(config, params, tokens, positions, through)
+        found = transformer.forward_pass(config, params, tokens, positions, through, normed=True)
         return found if finite else None
 
-    def _weights(self, params: Params, tokens: Tensor, cache: Past) -> Weights | None:
+    def _weights(self, params: Params, tokens: Tensor, cache: Past) -> fused.Weights | None:
         """The weights of a call that the operator computes, else None."""
         if not isinstance(tokens, Tensor) or tokens.dim() != 1 or len(tokens) < MIN_TOKENS:
             return None
@@ -94,7 +84,7 @@ class Prefill:
         return self.known[0][1]
 
 
-def prepared(config: Config, params: Params, T: int) -> Weights | None:
+def prepared(config: Config, params: Params, T: int) -> fused.Weights | None:
     """The weights for T tokens, or None where the operator does not compute such layers."""
     make = lambda weight: weight if isinstance(weight, Tensor) else layers.prepare(weight, T)
     if any(not is_absent(layer.kv_down) for layer in params.layers):
@@ -103,22 +93,10 @@ def prepared(config: Config, params: Params, T: int) -> Weights | None:
         layer._replace(**{name: make(getattr(layer, name)) for name in fused.MATRICES})
         for layer in params.layers
     ]
-    if fused.why_not(config, stack) or not all(map(_is_faster, stack)):
+    ready = params._replace(layers=tuple(stack))
+    if fused.why_not(config, ready) or not all(map(_is_faster, stack)):
         return None
-    if layers.embed(params.embedding, _FIRST).dtype != torch.float32:
-        return None
-    all_ = [getattr(layer, name) for layer in stack for name in fused.MATRICES]
-    tiled = [weight for weight in all_ if isinstance(weight, Tiles)]
-    return Weights(
-        [weight.blocks if isinstance(weight, Tiles) else weight.detach() for weight in all_],
-        [weight.scale for weight in tiled if has_row_scale(weight.blocks)],
-        [len(weight) if isinstance(weight, Tensor) else weight.rows for weight in all_],
-        [
-            norm.detach().contiguous()
-            for layer in stack
-            for norm in (layer.attention_norm, layer.feed_forward_norm)
-        ],
-    )
+    return fused.weights(ready)
 
 
 def _is_faster(layer: Layer) -> bool:
@@ -131,15 +109,15 @@ def _is_faster(layer: Layer) -> bool:
 
 
 def run(
-    config: Config, weights: Weights, x: Tensor, positions: Tensor, past: Sequence[Cache]
+    config: Config, weights: fused.Weights, x: Tensor, positions: Tensor, past: Sequence[Cache]
 ) -> tuple[Tensor, Delta, bool]:
-    """The residual (T, E) behind all layers, keys and values, and whether all of it is finite."""
+    """The residual (T, E) after the last norm, keys and values, and whether all is finite."""
     cos, sin = computed(config, positions)
     seen = lambda rows, part: rows[: config.layers, :, : int(part.length)]
     keys, values = ([seen(getattr(part, name), part) for part in past] for name in ("k", "v"))
     sizes = config.heads, config.kv_heads, config.scale, config.norm_epsilon
     with torch._C._AutoDispatchBelowAutograd():  # no derivatives are taken here
         x, k, v, finite = torch.ops.funcattn.prompt.default(
-            *weights, x.contiguous(), cos, sin, keys, values, *sizes
+            weights.plan, weights.norms, x.contiguous(), cos, sin, keys, values, *sizes
         )
     return x, Delta(cast(tuple, k.unbind(0)), cast(tuple, v.unbind(0))), finite

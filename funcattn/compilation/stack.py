@@ -34,7 +34,6 @@ from .rotations import Turns
 MAX_COMPILED_LAYERS = 5
 
 _number = itertools.count()  # numbers the compiled functions of this process
-_FIRST = torch.zeros(1, dtype=torch.int64, device="cpu")  # a token id
 
 
 class Stack:
@@ -121,18 +120,20 @@ class Stack:
                 f"{self.config.layers} layers: as the model itself runs them, nothing compiled: "
                 f"{self.why_not}"
             )
-        _, stack = _stack(self.config, params, 1)
+        _, ready = _ready(self.config, params, 1)
         kernel = dispatch.forced(self.kernel)
         why = (
-            fused.why_not(self.config, stack)
+            fused.why_not(self.config, ready)
             if kernel is None
             else f"the kernel {kernel.name!r} is forced"
         )
         many = dense_products.explain()
         if not why:
-            return f"{len(stack)} layers: one call of the operator funcattn::layers; {many}"
+            return f"{len(ready.layers)} layers: one call of the operator funcattn::layers; {many}"
         calls = f"{len(self.parts)} calls of compiled code, {self.depth} layers each"
-        return f"{len(stack)} layers: {calls}; not the operator funcattn::layers: {why}; {many}"
+        return (
+            f"{len(ready.layers)} layers: {calls}; not the operator funcattn::layers: {why}; {many}"
+        )
 
     def hidden(
         self,
@@ -146,25 +147,20 @@ class Stack:
         """`Model.hidden` of a few tokens behind a dense cache, or one in codes."""
         config, (parts, codes) = self.config, parts_of(cast(KVCache, cache))
         positions = transformer.positions_of(config, tokens, cache, positions)
+        weights = forms.fused if self._is_served(cast(KVCache, cache)) else None
 
         def through(x: Tensor) -> tuple[Tensor, Delta]:
             for part in () if mapped_rows() else parts:
                 if int(part.length):
                     check_remembered(part.k, x.dtype)
-            if forms.fused is not None and self._is_served(cast(KVCache, cache)):
-                return fused.run(
-                    config,
-                    forms.fused,
-                    params.layers,
-                    x,
-                    self.turns.of(positions),
-                    parts,
-                    mask,
-                    codes,
-                )
+            if weights is not None:
+                turns = self.turns.of(positions)
+                return fused.run(config, weights, x, turns, parts, mask, codes)
             return self._compiled(params, x, positions, rows(parts), forms, mask)
 
-        x, delta = transformer.forward_pass(config, params, tokens, positions, through)
+        x, delta = transformer.forward_pass(
+            config, params, tokens, positions, through, normed=weights is not None
+        )
         if mapped_rows():
             x = torch.where(caches.overflowed(cast(KVCache, cache)), float("nan"), x)
         return x, transformer.noted(config, delta, tokens, transformer.length_of(positions))
@@ -329,24 +325,25 @@ class _Prepared(NamedTuple):
 
 def _prepared(config: Config, params: Params, T: int, fingerprint: Fingerprint) -> _Prepared:
     """Matrices in the form that products with T vectors need."""
-    prepared, stack = _stack(config, params, T)
-    operator = None if fused.why_not(config, stack) else fused.weights(stack)
-    if operator and layers.embed(params.embedding, _FIRST).dtype != torch.float32:
-        operator = None
-    return _Prepared(fingerprint, tuple(prepared), tuple(map(_kind_of, stack)), {}, operator)
+    prepared, ready = _ready(config, params, T)
+    operator = None if fused.why_not(config, ready) else fused.weights(ready)
+    kinds = tuple(map(_kind_of, ready.layers))
+    return _Prepared(fingerprint, tuple(prepared), kinds, {}, operator)
 
 
-def _stack(config: Config, params: Params, T: int) -> tuple[list[dict[str, object]], list[Layer]]:
-    """The prepared matrices of each layer, and the layers with these."""
+def _ready(config: Config, params: Params, T: int) -> tuple[list[dict[str, object]], Params]:
+    """The prepared matrices of each layer, and the weights with these."""
     make = fused.prepare if not fused.why_not(config, _tiled(params, T)) else layers.prepare
     forms = [_forms(layer, T, make) for layer in params.layers]
-    return forms, [layer._replace(**f) for layer, f in zip(params.layers, forms, strict=True)]
+    stack = (layer._replace(**f) for layer, f in zip(params.layers, forms, strict=True))
+    return forms, params._replace(layers=tuple(stack))
 
 
-def _tiled(params: Params, T: int) -> list[Layer]:
-    """The layers with quantized matrices prepared, and tensors as they are."""
+def _tiled(params: Params, T: int) -> Params:
+    """The weights with quantized matrices of layers prepared, and tensors as they are."""
     keep = lambda weight, T: weight if isinstance(weight, Tensor) else layers.prepare(weight, T)
-    return [layer._replace(**_forms(layer, T, keep)) for layer in params.layers]
+    stack = (layer._replace(**_forms(layer, T, keep)) for layer in params.layers)
+    return params._replace(layers=tuple(stack))
 
 
 def _forms(layer: Layer, T: int, make: Callable[[Weight, int], Weight]) -> dict[str, object]:

@@ -8,6 +8,8 @@ coded.cpp   funcattn::coded_attend: attention over a past in codes, of which cod
               it is in memory; codes.h its arithmetic
 layers.cpp  funcattn::layers: all layers of a decoder for a few tokens of one text or of several;
               matrices.h is common
+decoder.cpp   funcattn::plan: where the matrices of a decoder are in memory, which layers.cpp and
+              prompts.cpp are given
 dense.cpp   funcattn::linear: a matrix of floats times many vectors; many.h what is common to
 prompts.cpp   funcattn::prompt: all layers of a decoder for many tokens of one text
 rounded.cpp   products of matrices in tiles with many vectors of 8 bits

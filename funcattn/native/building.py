@@ -51,6 +51,8 @@ SOURCES = tuple(
     for name in (
         "products.cpp",
         "layers.cpp",
+        "decoder.cpp",
+        "decoder.h",
         "coded.cpp",
         "dense.cpp",
         "prompts.cpp",

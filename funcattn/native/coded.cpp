@@ -18,8 +18,6 @@ using torch::stable::Tensor;
 
 #define WANTED(condition, what) STD_TORCH_CHECK(condition, "funcattn::coded_attend: ", what)
 
-bool is_float(const Tensor& x) { return x.scalar_type() == torch::headeronly::ScalarType::Float; }
-
 int64_t features_of(int64_t D) { return D % 64 ? D : 64; }  // of a group of values
 
 int64_t rotation_of(int64_t D) { return std::min<int64_t>(D & -D, 256); }

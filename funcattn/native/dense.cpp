@@ -80,6 +80,8 @@ Dense dense_of(const torch::stable::Tensor& weight) {
   return {(const float*)weight.data_ptr(), nullptr, weight.size(0), weight.stride(by_columns ? 1 : 0), by_columns};
 }
 
+Dense dense_of(const Matrix& w) { return {(const float*)w.blocks, nullptr, w.rows, w.step, w.kind == BY_COLUMNS}; }
+
 namespace {
 
 using torch::stable::Tensor;

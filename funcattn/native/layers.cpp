@@ -16,6 +16,7 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include "decoder.h"
 #include "matrices.h"
 
 namespace {
@@ -23,8 +24,6 @@ namespace {
 using torch::stable::Tensor;
 
 #define WANTED(condition, what) STD_TORCH_CHECK(condition, "funcattn::layers: ", what)
-
-bool is_float(const Tensor& x) { return x.scalar_type() == torch::headeronly::ScalarType::Float; }
 
 // Plane i of a head turns features i and i + R / 2.
 void rotate(float* head, const float* cos, const float* sin, int64_t R) {
@@ -152,33 +151,20 @@ struct Attention {
   }
 };
 
-// f(first, last) of some of N rows at a time, where there is enough of them to wake threads for.
-template <class F>
-void by_rows(int64_t N, int64_t size, const F& f) {
-  torch::stable::parallel_for(0, N, 1 + 32768 / size, f);
-}
-
-// For each layer the matrices q, k, v, o, gate, up, down and the norms before attention and feed-forward; x (B, T, E) of the T new
-// tokens of B texts; cos and sin (B or 1, T, R) of these; keys and values (P, layers, kv_heads, S, D) of each part of the past, of
-// which the first `lengths` (P,) count, and which B / P texts behind each other have in common; among, bool (B or 1, T, T), what the
-// new tokens see of each other, or all before them; codes, of which all texts see all rows, as CodedPast takes them. Gives x behind the
-// layers, and keys and values (B, layers, kv_heads, T, D) of the new tokens.
-std::tuple<Tensor, Tensor, Tensor> layers(Tensors blocks, Tensors scales, std::vector<int64_t> rows, Tensors norms, Tensor x, Tensor cos,
-                                          Tensor sin, Tensors keys, Tensors values, Tensors lengths, std::optional<Tensor> among, int64_t H,
-                                          int64_t K, double scale, double epsilon, Tensors codes, int64_t coded_rows, int64_t bits) {
-  const int64_t L = int64_t(norms.size()) / 2;
+// plan and norms as Decoder takes them, of matrices in tiles; x (B, T, E) of the T new tokens of B texts; cos and sin (B or 1, T, R) of
+// these; keys and values (P, layers, kv_heads, S, D) of each part of the past, of which the first `lengths` (P,) count, and which B / P
+// texts behind each other have in common; among, bool (B or 1, T, T), what the new tokens see of each other, or all before them; codes,
+// of which all texts see all rows, as CodedPast takes them. Gives x behind the last norm, and keys and values (B, layers, kv_heads, T, D)
+// of the new tokens.
+std::tuple<Tensor, Tensor, Tensor> layers(Tensor plan, Tensor norms, Tensor x, Tensor cos, Tensor sin, Tensors keys, Tensors values,
+                                          Tensors lengths, std::optional<Tensor> among, int64_t H, int64_t K, double scale, double epsilon,
+                                          Tensors codes, int64_t coded_rows, int64_t bits) {
   WANTED(x.dim() == 3 && x.numel() > 0 && x.is_contiguous() && is_float(x), "x should be contiguous float32 (B, T, E), not empty");
-  WANTED(L > 0 && int64_t(norms.size()) == 2 * L && int64_t(rows.size()) == 7 * L, "seven matrices and two norms for each layer");
-  WANTED(H > 0 && K > 0 && H % K == 0, "heads of a multiple of 16 features, H a multiple of K");
-  const int64_t B = x.size(0), T = x.size(1), E = x.size(2), BT = B * T, N = rows[0], D = N / H, F = rows[4], R = cos.size(-1), G = H / K;
-  WANTED(D > 0 && N == H * D && D % 16 == 0, "heads of a multiple of 16 features, H a multiple of K");
-  std::vector<int64_t> columns;
-  for (int64_t l = 0; l < L; l++) {
-    const int64_t* const n = rows.data() + 7 * l;
-    WANTED(n[0] == N && n[1] == K * D && n[2] == K * D && n[3] == E && n[4] == F && n[5] == F && n[6] == E, "layers of the same sizes");
-    columns.insert(columns.end(), {E, E, E, N, E, E, F});
-  }
-  for (const Tensor& w : norms) WANTED(w.dim() == 1 && w.size(0) == E && w.is_contiguous() && is_float(w), "norms should be contiguous float32 (E,)");
+  const Decoder decoder("funcattn::layers", plan, norms, x.size(2), H, K, epsilon);
+  const int64_t L = decoder.L, E = decoder.E, G = decoder.G, D = decoder.D, N = decoder.N, F = decoder.F;
+  const int64_t B = x.size(0), T = x.size(1), BT = B * T, R = cos.size(-1);
+  WANTED(D % 16 == 0, "heads of a multiple of 16 features");
+  for (int64_t i = 0; i < 7 * L; i++) WANTED(decoder.matrices[i].kind >= FLOATS, "matrices should be in tiles");
   for (const Tensor& w : {cos, sin})
     WANTED(w.dim() == 3 && (w.size(0) == B || w.size(0) == 1) && w.size(0) == cos.size(0) && w.size(1) == T && w.size(2) == R && R % 2 == 0 &&
                R <= D && w.is_contiguous() && is_float(w),
@@ -207,7 +193,6 @@ std::tuple<Tensor, Tensor, Tensor> layers(Tensors blocks, Tensors scales, std::v
     WANTED(among->dim() == 3 && (among->size(0) == B || among->size(0) == 1) && among->size(1) == T && among->size(2) == T && among->is_contiguous() &&
                among->scalar_type() == torch::headeronly::ScalarType::Bool,
            "among should be contiguous bool (B or 1, T, T)");
-  const std::vector<Matrix> all = matrices(blocks, scales, rows, columns);
   const Floats& use = floats();
   const bool* const shown = among ? (const bool*)among->data_ptr() : nullptr;
   const Attention attention = {parts, shown, among && among->size(0) == B ? T * T : 0, T, G, D, float(scale), coded.get()};
@@ -223,13 +208,8 @@ std::tuple<Tensor, Tensor, Tensor> layers(Tensors blocks, Tensors scales, std::v
   const float *const cosines = (const float*)cos.data_ptr(), *const sines = (const float*)sin.data_ptr();
 
   for (int64_t l = 0; l < L; l++) {
-    const Matrix* const w = all.data() + 7 * l;
-    const auto norm = [&](const Tensor& weight) {
-      by_rows(BT, E, [&](int64_t begin, int64_t end) {
-        for (int64_t i = begin; i < end; i++) use.norm(residual + i * E, (const float*)weight.data_ptr(), E, float(epsilon), normed.data() + i * E);
-      });
-    };
-    norm(norms[2 * l]);
+    const Matrix* const w = decoder.matrices + 7 * l;
+    decoder.norm(2 * l, residual, BT, normed.data());
     multiply(w, 3, normed.data(), BT, E, heads.data(), all_heads);
     const auto place = [&](float* of, int64_t b, int64_t h) { return of + ((b * L + l) * K + h) * T * D; };
     by_rows(BT, all_heads, [&](int64_t begin, int64_t end) {
@@ -263,7 +243,7 @@ std::tuple<Tensor, Tensor, Tensor> layers(Tensors blocks, Tensors scales, std::v
     torch::stable::parallel_for(0, K * groups, 1 + 65536 / (most * D * std::min(queries, QUERIES)), attend);
     multiply(w + 3, 1, mixed.data(), BT, N, more.data(), E);
     add(more.data(), BT * E, residual);
-    norm(norms[2 * l + 1]);
+    decoder.norm(2 * l + 1, residual, BT, normed.data());
     multiply(w + 4, 2, normed.data(), BT, E, halves.data(), 2 * F);
     by_rows(BT, 4 * F, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; i++) use.gated(halves.data() + i * 2 * F, halves.data() + i * 2 * F + F, F, inner.data() + i * F);
@@ -271,6 +251,7 @@ std::tuple<Tensor, Tensor, Tensor> layers(Tensors blocks, Tensors scales, std::v
     multiply(w + 6, 1, inner.data(), BT, F, more.data(), E);
     add(more.data(), BT * E, residual);
   }
+  decoder.norm(2 * L, residual, BT, residual);
   return {out, new_k, new_v};
 }
 

@@ -16,6 +16,7 @@ struct Dense {
 };
 
 Dense dense_of(const torch::stable::Tensor& weight);
+Dense dense_of(const Matrix& w);  // BY_ROWS or BY_COLUMNS
 
 // y = W x, y += W x, or y = silu(W0 x) * W1 x of two matrices, to the y of the first.
 enum Finish { STORE, ADD, GATE };

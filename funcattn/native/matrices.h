@@ -8,14 +8,17 @@
 
 using Tensors = std::vector<torch::stable::Tensor>;
 
-constexpr int FLOATS = -1;  // a kind: tiles of floats (K, 16)
+inline bool is_float(const torch::stable::Tensor& x) { return x.scalar_type() == torch::headeronly::ScalarType::Float; }
+
+// Kinds beside those of products.h: tiles of floats (K, 16), and floats (N, K) of which rows or columns are contiguous, `step` apart.
+enum { FLOATS = -1, BY_ROWS = -2, BY_COLUMNS = -3 };
 
 struct Matrix {
   const void* blocks;
   const float* scale;  // one a row, or null
-  int kind;
-  int64_t rows, tiles, bytes;
-  int digits;  // of the vectors: 3, or 1 where they are rounded to 8 bits
+  int64_t rows, depth;  // depth: columns of floats, or blocks of columns
+  int64_t tiles, bytes, step;
+  int kind, digits;  // digits of the vectors: 3, or 1 where they are rounded to 8 bits
 };
 
 struct Floats {
@@ -27,9 +30,12 @@ struct Floats {
   void (*rows)(const float* w, const float* x, int64_t T, int64_t K, int64_t N, int64_t begin, int64_t end, float* y, int64_t step);
 };
 
-// The matrices that blocks, (tiles, blocks of K, bytes) or floats (tiles, K, 16), and scales hold, checked; K is the length of their rows.
-// Bytes are uint8, or int8 where the matrix multiplies vectors rounded to 8 bits.
-std::vector<Matrix> matrices(const Tensors& blocks, const Tensors& scales, const std::vector<int64_t>& rows, const std::vector<int64_t>& K);
+// The matrices that blocks, (tiles, blocks of K, bytes) or floats (tiles, K, 16) or (N, K), and scales hold, checked. Bytes are uint8, or
+// int8 where the matrix multiplies vectors rounded to 8 bits.
+std::vector<Matrix> matrices(const Tensors& blocks, const Tensors& scales, const std::vector<int64_t>& rows);
+
+// Whether rows of K numbers are as long as those of a matrix.
+bool has_columns(const Matrix& w, int64_t K);
 
 // Several matrices times the same T vectors x (T, K): y (T, step), the results of a vector behind each other.
 void multiply(const Matrix* which, int64_t count, const float* x, int64_t T, int64_t K, float* y, int64_t step);

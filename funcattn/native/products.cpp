@@ -18,6 +18,7 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include "lanes.h"
+#include "many.h"
 #include "matrices.h"
 
 constexpr int64_t DIGIT_BYTES = 1 << 18;  // a part of the second cache
@@ -25,6 +26,11 @@ constexpr int64_t DIGIT_BYTES = 1 << 18;  // a part of the second cache
 namespace {
 
 using torch::stable::Tensor;
+
+#define WANTED(condition, what) STD_TORCH_CHECK(condition, "funcattn::products: ", what)
+
+constexpr const char* OF_FLOATS = "floats should be contiguous (tiles, K, 16)";
+constexpr const char* OF_CODES = "blocks should be contiguous uint8 or int8 (tiles, blocks of K, bytes)";
 
 int of_processor() {
   if (__builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
@@ -60,11 +66,15 @@ void* aligned(std::unique_ptr<char[]>& room, size_t bytes) {
 // Several matrices times the same vectors: x (T, K) float32 to (T, N1 + N2 + ...). N are their rows; scales are of those that have
 // one a row, in order.
 Tensor products(Tensors blocks, Tensors scales, std::vector<int64_t> rows, Tensor x) {
-  STD_TORCH_CHECK(x.dim() == 2 && x.is_contiguous() && x.scalar_type() == torch::headeronly::ScalarType::Float,
-                  "funcattn::products: x should be contiguous float32 (T, K)");
-  const auto all = matrices(blocks, scales, rows, std::vector<int64_t>(blocks.size(), x.size(1)));
+  WANTED(chosen != NONE, "the processor has no AVX2");
+  WANTED(x.dim() == 2 && x.is_contiguous() && is_float(x), "x should be contiguous float32 (T, K)");
+  const auto all = matrices(blocks, scales, rows);
   int64_t N = 0;
-  for (const Matrix& one : all) N += one.rows;
+  for (const Matrix& one : all) {
+    WANTED(one.kind >= FLOATS, "matrices should be in tiles");
+    WANTED(has_columns(one, x.size(1)), one.kind == FLOATS ? OF_FLOATS : OF_CODES);
+    N += one.rows;
+  }
   Tensor y = torch::stable::new_empty(x, {x.size(0), N});
   multiply(all.data(), int64_t(all.size()), (const float*)x.data_ptr(), x.size(0), x.size(1), (float*)y.data_ptr(), N);
   return y;
@@ -78,38 +88,40 @@ const Coding& coding() { return chosen == AVX512 ? avx512::coding : avx2::coding
 
 const Floats& floats() { return chosen == AVX512 ? avx512::floats : avx2::floats; }
 
-std::vector<Matrix> matrices(const Tensors& blocks, const Tensors& scales, const std::vector<int64_t>& rows, const std::vector<int64_t>& K) {
-  STD_TORCH_CHECK(chosen != NONE, "funcattn::products: the processor has no AVX2");
-  STD_TORCH_CHECK(blocks.size() == rows.size() && blocks.size() == K.size(), "funcattn::products: as many rows as blocks");
+std::vector<Matrix> matrices(const Tensors& blocks, const Tensors& scales, const std::vector<int64_t>& rows) {
+  WANTED(blocks.size() == rows.size(), "as many rows as blocks");
   std::vector<Matrix> all;
   size_t taken = 0;
   for (size_t i = 0; i < blocks.size(); i++) {
     const Tensor& w = blocks[i];
-    const bool of_floats = w.scalar_type() == torch::headeronly::ScalarType::Float;
-    STD_TORCH_CHECK(rows[i] >= 0 && w.dim() == 3 && w.size(0) == (rows[i] + 15) / 16, "funcattn::products: rows should be as many as the tiles have");
-    if (of_floats) {
-      STD_TORCH_CHECK(w.is_contiguous() && w.size(1) == K[i] && w.size(2) == 16, "funcattn::products: floats should be contiguous (tiles, K, 16)");
-      all.push_back({w.data_ptr(), nullptr, FLOATS, rows[i], w.size(0), 4 * w.numel(), 0});
+    if (w.dim() == 2) {
+      WANTED(is_float(w) && w.size(0) == rows[i], "matrices should be float32 (rows, columns), or in tiles");
+      const Dense one = dense_of(w);
+      all.push_back({one.w, nullptr, one.N, w.size(1), 0, 4 * w.numel(), one.step, one.by_columns ? BY_COLUMNS : BY_ROWS, 0});
+      continue;
+    }
+    WANTED(rows[i] >= 0 && w.dim() == 3 && w.size(0) == (rows[i] + 15) / 16, "rows should be as many as the tiles have");
+    if (is_float(w)) {
+      WANTED(w.is_contiguous() && w.size(2) == 16, OF_FLOATS);
+      all.push_back({w.data_ptr(), nullptr, rows[i], w.size(1), w.size(0), 4 * w.numel(), 0, FLOATS, 0});
       continue;
     }
     const bool rounds = w.scalar_type() == torch::headeronly::ScalarType::Char;
-    STD_TORCH_CHECK(w.dim() == 3 && w.is_contiguous() && (rounds || w.scalar_type() == torch::headeronly::ScalarType::Byte),
-                    "funcattn::products: blocks should be contiguous uint8 or int8 (tiles, blocks of K, bytes)");
-    Matrix one = {w.data_ptr(), nullptr, kind_of(w.size(2)), rows[i], w.size(0), w.numel(), rounds ? 1 : DIGITS};
-    STD_TORCH_CHECK(w.size(1) == blocks_of(one.kind, K[i]),
-                    "funcattn::products: blocks should be contiguous uint8 or int8 (tiles, blocks of K, bytes)");
-    STD_TORCH_CHECK(!rounds || avx2::columns_of(one.kind) == 32, "funcattn::products: vectors are rounded in blocks of 32");
+    WANTED(w.is_contiguous() && (rounds || w.scalar_type() == torch::headeronly::ScalarType::Byte), OF_CODES);
+    Matrix one = {w.data_ptr(), nullptr, rows[i], w.size(1), w.size(0), w.numel(), 0, kind_of(w.size(2)), rounds ? 1 : DIGITS};
+    WANTED(!rounds || avx2::columns_of(one.kind) == 32, "vectors are rounded in blocks of 32");
     if (one.kind == avx2::ROW8) {
-      STD_TORCH_CHECK(taken < scales.size(), "funcattn::products: a scale for each row");
+      WANTED(taken < scales.size(), "a scale for each row");
       const Tensor& s = scales[taken++];
-      STD_TORCH_CHECK(s.is_contiguous() && s.scalar_type() == torch::headeronly::ScalarType::Float && s.numel() == rows[i],
-                      "funcattn::products: scales should be contiguous float32, one for each row");
+      WANTED(s.is_contiguous() && is_float(s) && s.numel() == rows[i], "scales should be contiguous float32, one for each row");
       one.scale = (const float*)s.data_ptr();
     }
     all.push_back(one);
   }
   return all;
 }
+
+bool has_columns(const Matrix& w, int64_t K) { return w.depth == (w.kind < 0 ? K : blocks_of(w.kind, K)); }
 
 // What products.h leaves out: blocks of a vector whose numbers are beyond its units, in order of their vectors.
 struct Beyond {
@@ -270,7 +282,7 @@ STABLE_TORCH_LIBRARY(funcattn, m) {
       "native_attend_jvp(Tensor q, Tensor k, Tensor v, Tensor? dq, Tensor? dk, Tensor? dv, Tensor[] mask, float scale) -> "
       "(Tensor, Tensor, Tensor, Tensor, bool)");
   m.def(
-      "layers(Tensor[] blocks, Tensor[] scales, int[] rows, Tensor[] norms, Tensor x, Tensor cos, Tensor sin, Tensor[] keys, Tensor[] values, "
+      "layers(Tensor plan, Tensor norms, Tensor x, Tensor cos, Tensor sin, Tensor[] keys, Tensor[] values, "
       "Tensor[] lengths, Tensor? among, int heads, int kv_heads, float scale, float epsilon, Tensor[] codes, int coded_rows, int bits) -> "
       "(Tensor, Tensor, Tensor)");
 }

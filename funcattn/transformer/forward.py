@@ -46,6 +46,8 @@ def forward_pass(
     tokens: Tensor,
     positions: Tensor,
     through: Callable[[Tensor], tuple[Tensor, Delta]],
+    *,
+    normed: bool = False,
 ) -> tuple[Tensor, Delta]:
     """The residual (*lead, T, E) after the last norm, and the delta of the new tokens.
 
@@ -53,9 +55,10 @@ def forward_pass(
         config, params: of the model.
         tokens, positions: int64 (*lead, T).
         through: the residual -> the residual after all layers, and what these add to the cache.
+        normed: True where `through` ends with the last norm.
     """
     x, delta = through(taps.tap("embedding", embed_tokens(config, params, tokens, positions)))
-    return final_norm(config, params, x), delta
+    return x if normed else final_norm(config, params, x), delta
 
 
 def run_layers(

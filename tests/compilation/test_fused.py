@@ -3,6 +3,7 @@ and what it does not know.
 """
 
 import dataclasses
+import functools
 
 import pytest
 import torch
@@ -268,16 +269,45 @@ def test_so_do_weights_of_which_the_configuration_says_nothing(calls):
     assert not calls
 
 
-def test_a_norm_that_was_written_into_is_read_anew(calls):
+@pytest.mark.parametrize(
+    "norm", [lambda p: p.layers[1].attention_norm, lambda p: p.norm], ids=["a layer's", "the last"]
+)
+def test_a_norm_that_was_written_into_is_read_anew(calls, norm):
     params, model = quantized(CONFIG, fa.int4), fa.decoder(CONFIG)
     fast = fa.compile(model, backend="eager")
     fast.extend(params, ids(1), model.cache(3))
-    params.layers[1].attention_norm.mul_(2.0)
+    norm(params).mul_(2.0)
     wanted = model.extend(params, ids(1), model.cache(3))[0]
     torch.testing.assert_close(
         fast.extend(params, ids(1), model.cache(3))[0], wanted, rtol=1e-4, atol=1e-4
     )
     assert len(calls) == 2
+
+
+@pytest.mark.parametrize(
+    ("changes", "why"),
+    [
+        (lambda p: {"norm": p.norm.double()}, "and norm is another"),
+        (lambda p: {"embedding": p.embedding.double()}, "embedding are torch.float64"),
+    ],
+    ids=["the last norm", "the embedding"],
+)
+def test_weights_around_the_layers_of_another_dtype_are_none_of_it(changes, why):
+    params = quantized(CONFIG, None)
+    params = params._replace(head=params.embedding, **changes(params))
+    fast = fa.compile(fa.decoder(CONFIG), backend="eager")
+    assert why in fast.explain(params)
+    assert not fast.is_operator(params)
+
+
+@pytest.mark.filterwarnings("ignore:Mismatch dtype")
+def test_a_last_norm_of_another_dtype_is_computed_as_the_model_does(calls):
+    params, model = quantized(CONFIG, None), fa.decoder(CONFIG)
+    params = params._replace(norm=params.norm.double())
+    fast, cache = fa.compile(model, backend="eager"), model.cache(4)
+    got, wanted = (m.hidden(params, ids(2), cache)[0] for m in (fast, model))
+    torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4)
+    assert not calls
 
 
 def test_threads_change_nothing():
@@ -295,7 +325,9 @@ def test_threads_change_nothing():
     assert torch.equal(*results)
 
 
-def arguments(**changes):
+@functools.cache
+def weights(change=lambda layers: layers):
+    """Of two layers in int4, changed; kept, since a plan is valid as long as its matrices live."""
     params = quantized(CONFIG, fa.int4)
     stack = [
         layer._replace(
@@ -303,16 +335,17 @@ def arguments(**changes):
         )
         for layer in params.layers
     ]
-    blocks, scales, rows = fused.weights(stack)
-    norms = [norm for layer in stack for norm in (layer.attention_norm, layer.feed_forward_norm)]
+    return fused.weights(params._replace(layers=tuple(change(stack))))
+
+
+def plan_of(change):
+    """The plan of other layers, in the place of one."""
+    return lambda _: weights(change).plan
+
+
+def arguments(**changes):
     past = torch.zeros(1, 2, 2, 5, 16)
-    given = {
-        "blocks": blocks,
-        "scales": scales,
-        "rows": rows,
-        "norms": norms,
-        "x": torch.zeros(1, 2, 64),
-    }
+    given = {"plan": weights().plan, "norms": weights().norms, "x": torch.zeros(1, 2, 64)}
     given |= {
         "cos": torch.ones(1, 2, 16),
         "sin": torch.zeros(1, 2, 16),
@@ -331,12 +364,31 @@ BAD = {
     "no tokens": (dict.fromkeys(("x", "cos", "sin"), lambda x: x[:, :0]), "x should be"),
     "x by columns": ({"x": lambda x: x.mT.contiguous().mT}, "x should be"),
     "a norm too few": ({"norms": lambda x: x[:-1]}, "two norms for each layer"),
-    "a short norm": ({"norms": lambda x: [x[0][:5], *x[1:]]}, "norms should be"),
-    "a norm of more axes": ({"norms": lambda x: [x[0][None], *x[1:]]}, "norms should be"),
-    "another number of heads": ({"heads": lambda x: 3}, "heads of a multiple"),
-    "no heads": ({"heads": lambda x: 0}, "heads of a multiple"),
-    "other rows": ({"rows": lambda x: [*x[:-1], 40]}, "layers of the same sizes"),
-    "a matrix of other columns": ({"blocks": lambda x: [x[6], *x[1:]]}, "blocks should be"),
+    "short norms": ({"norms": lambda x: x[:, :5].contiguous()}, "norms should be"),
+    "norms by columns": ({"norms": lambda x: x.mT.contiguous().mT}, "norms should be"),
+    "norms of another dtype": ({"norms": lambda x: x.double()}, "norms should be"),
+    "norms of more axes": ({"norms": lambda x: x[None]}, "two norms for each layer"),
+    "another number of heads": ({"heads": lambda x: 3}, "a multiple of K"),
+    "no heads": ({"heads": lambda x: 0}, "a multiple of K"),
+    "heads of other sizes": ({"heads": lambda x: 6}, "H heads of one size"),
+    "more heads": ({"heads": lambda x: 8}, "layers of the same sizes"),
+    "a copy of a plan": ({"plan": lambda x: x.clone()}, "no copy"),
+    "no plan": ({"plan": torch.zeros_like}, "from funcattn::plan"),
+    "a part of a plan": ({"plan": lambda x: x[:-1]}, "seven matrices"),
+    "a plan without its beginning": ({"plan": lambda x: x[1:]}, "from funcattn::plan"),
+    "a plan of another dtype": ({"plan": lambda x: x.float()}, "plan should be"),
+    "other rows": (
+        {"plan": plan_of(lambda both: [both[0], both[1]._replace(down=both[1].q)])},
+        "layers of the same sizes",
+    ),
+    "a matrix of other columns": (
+        {"plan": plan_of(lambda both: [both[0]._replace(o=both[0].down), both[1]])},
+        "layers of the same sizes",
+    ),
+    "a matrix that is not in tiles": (
+        {"plan": plan_of(lambda both: [both[0]._replace(q=torch.zeros(64, 64)), both[1]])},
+        "in tiles",
+    ),
     "angles of other tokens": ({"cos": lambda x: x[:, :1]}, "cos and sin should be"),
     "a past of other heads": ({"keys": lambda x: [x[0][:, :, :1]]}, "keys and values should be"),
     "a length beyond": ({"lengths": lambda x: [x[0] + 2]}, "within the past"),
@@ -353,6 +405,42 @@ def test_the_operator_refuses_what_does_not_fit(changes, message):
         assert run(**arguments())[0].shape == (1, 2, 64)
         with pytest.raises(RuntimeError, match=message):
             run(**arguments(**changes))
+
+
+BLOCKS = torch.zeros(2, 2, 320, dtype=torch.uint8)
+OF_ROWS = torch.zeros(2, 2, 512, dtype=torch.uint8)  # blocks that have a scale a row
+BAD_MATRICES = {
+    "none": (([], [torch.ones(2)], []), "one matrix at least"),
+    "rows of fewer": (([BLOCKS, BLOCKS], [], [32]), "as many rows as blocks"),
+    "other rows": (([BLOCKS], [], [33]), "as the tiles have"),
+    "blocks of no kind": (([BLOCKS[..., 1:].contiguous()], [], [32]), "of no kind"),
+    "blocks apart": (([BLOCKS.mT], [], [32]), "blocks should be"),
+    "blocks of another dtype": (([BLOCKS.double()], [], [32]), "blocks should be"),
+    "floats apart": (([torch.zeros(2, 16, 8).mT], [], [32]), "floats should be"),
+    "no scale": (([OF_ROWS], [], [32]), "a scale for each row"),
+    "a short scale": (([OF_ROWS], [torch.ones(31)], [32]), "one for each row"),
+    "floats of other rows": (([torch.zeros(32, 8)], [], [31]), "float32 \\(rows, columns\\)"),
+    "doubles": (([torch.zeros(32, 8).double()], [], [32]), "float32 \\(rows, columns\\)"),
+    "rows and columns apart": (([torch.zeros(32, 16, 2)[..., 0]], [], [32]), "rows or columns"),
+}
+
+
+@pytest.mark.parametrize(("given", "message"), BAD_MATRICES.values(), ids=BAD_MATRICES)
+def test_a_plan_refuses_matrices_that_are_none(given, message):
+    with pytest.raises(RuntimeError, match=message):
+        torch.ops.funcattn.plan(*given)
+
+
+@pytest.mark.parametrize("scheme", [None, fa.int4, fa.int8], ids=["float32", "int4", "int8"])
+def test_weights_keep_the_memory_that_their_plan_names(scheme):
+    params, model = quantized(CONFIG, scheme), fa.decoder(CONFIG)
+    fast = fa.compile(model, backend="eager")
+    fast.extend(params, ids(1), model.cache(3))
+    found = fast.stack.held[1].fused
+    held = [(x.data_ptr(), x.data_ptr() + x.nbytes()) for x in found.storages]
+    addresses = [at for at in found.plan[1:, :2].flatten().tolist() if at]
+    assert len(addresses) == 14 * (2 if scheme is fa.int8 else 1)
+    assert all(any(first <= at < last for first, last in held) for at in addresses)
 
 
 def test_it_has_no_derivative_and_says_so():

@@ -55,7 +55,7 @@ def calls(monkeypatch):
 
     class Spy:
         def __call__(self, *args):
-            seen.append((args[4].shape[0], [part.shape[0] for part in args[7]]))
+            seen.append((args[2].shape[0], [part.shape[0] for part in args[5]]))
             return run(*args)
 
         default = staticmethod(run)

@@ -88,8 +88,7 @@ def test_every_fast_path_declines_a_field_that_was_made_up():
         )
     assert not model.code
     assert not fast.stack.held  # nothing was prepared either
-    prepared = [fa.tree.map(lambda w: w, layer) for layer in params.layers]
-    assert "no twist" in fused.why_not(TWISTED, prepared)
+    assert "no twist" in fused.why_not(TWISTED, params)
     whole = fa.decoder(CONFIG).init(fa.key(0)).layers[0]
     assert [*smoothquant.sites(CONFIG, CONFIG.layer_spec(0), whole)]
     assert not [*smoothquant.sites(TWISTED, TWISTED.layer_spec(0), whole)]
@@ -102,11 +101,11 @@ def test_the_operator_reads_no_other_weight_of_a_layer():
     forms = lambda layer: layer._replace(
         **{name: fa.layers.prepare(getattr(layer, name), 1) for name in fused.MATRICES}
     )
-    stack = [forms(layer) for layer in params.layers]
-    assert not fused.why_not(CONFIG, stack)
+    first, second = map(forms, params.layers)
+    assert not fused.why_not(CONFIG, params._replace(layers=(first, second)))
     for name in set(transformer.Layer._fields) - {*fused.WEIGHTS}:
-        more = [stack[0], stack[1]._replace(**{name: torch.ones(4)})]
-        assert f"layers.1.{name}" in fused.why_not(CONFIG, more)
+        more = first, second._replace(**{name: torch.ones(4)})
+        assert f"layers.1.{name}" in fused.why_not(CONFIG, params._replace(layers=more))
 
 
 def test_a_device_that_computes_with_other_weights_than_it_holds_is_not_compiled():
