@@ -17,6 +17,7 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include "decoder.h"
+#include "many.h"
 #include "matrices.h"
 
 namespace {
@@ -24,15 +25,6 @@ namespace {
 using torch::stable::Tensor;
 
 #define WANTED(condition, what) STD_TORCH_CHECK(condition, "funcattn::layers: ", what)
-
-// Plane i of a head turns features i and i + R / 2.
-void rotate(float* head, const float* cos, const float* sin, int64_t R) {
-  for (int64_t i = 0; i < R / 2; i++) {
-    const float a = head[i], b = head[i + R / 2];
-    head[i] = a * cos[i] + b * sin[i];
-    head[i + R / 2] = b * cos[i + R / 2] + a * sin[i + R / 2];
-  }
-}
 
 void add(const float* more, int64_t n, float* x) {
   for (int64_t i = 0; i < n; i++) x[i] += more[i];
@@ -216,7 +208,7 @@ std::tuple<Tensor, Tensor, Tensor> layers(Tensor plan, Tensor norms, Tensor x, T
       for (int64_t i = begin; i < end; i++) {
         const int64_t b = i / T, t = i % T;
         float* const row = heads.data() + i * all_heads;
-        for (int64_t h = 0; h < H + K; h++) rotate(row + h * D, cosines + b * turn + t * R, sines + b * turn + t * R, R);
+        rotate(row, H + K, D, cosines + b * turn + t * R, sines + b * turn + t * R, R);
         for (int64_t h = 0; h < K; h++) {
           std::copy(row + N + h * D, row + N + (h + 1) * D, place(to_k, b, h) + t * D);
           std::copy(row + N + (K + h) * D, row + N + (K + h + 1) * D, place(to_v, b, h) + t * D);
