@@ -89,6 +89,7 @@ reset.register(Cache, reset_counts)
 
 @write.register
 def _(cache: Cache, delta: Delta, n: int | Tensor, donate: bool) -> Cache:
+    delta = delta._replace(k=rows.joined(delta.k), v=rows.joined(delta.v))
     new = admit(cache, delta, n, (cache.k, cache.v))
     tensors = (new.k, new.v, cache.k, cache.v)
     if new.known and not is_recorded(*tensors):

@@ -317,7 +317,7 @@ def admit(cache: KVCache, delta: Delta, n: int | Tensor, held: tuple[Tensor, Ten
     The new rows must have the dtype of `held`. A kind that stores rows in another dtype gives
     tensors of the dtype that it was made with, and casts the rows that come back.
     """
-    k, v = torch.stack(delta.k), torch.stack(delta.v)
+    k, v = (x if isinstance(x, Tensor) else torch.stack(x) for x in (delta.k, delta.v))
     check_whole("commit", cache)
     _check_delta(held, k, v)
     if delta.steps:

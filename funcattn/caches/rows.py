@@ -14,7 +14,7 @@ from torch import Tensor
 from torch._C import _functorch  # pyright: ignore[reportAttributeAccessIssue]
 
 from ..core import errors
-from ..core.autograd import differentiated, mapped_rows
+from ..core.autograd import differentiated, has_tangent, mapped_rows
 from ..kernels import Part
 from ..masks import Mask
 
@@ -148,6 +148,27 @@ def bounds(x: int | Tensor, most: int) -> tuple[int, int]:
     else:
         least = greatest = x
     return min(max(least, 0), most), min(max(greatest, 0), most)
+
+
+def joined(parts: Sequence[Tensor]) -> Tensor:
+    """torch.stack(parts), to be read alone: where they are all parts of one tensor, in order, that.
+
+    Law: equal to torch.stack (test_rows.py::test_parts_of_one_tensor_are_joined_without_a_copy).
+    """
+    base = parts[0]._base if parts and errors.is_plain(parts[0]) else None
+    if base is None or base.requires_grad or has_tangent(*parts):
+        return torch.stack(list(parts))
+    size, begin = parts[0].numel(), base.storage_offset()
+    whole = base.is_contiguous() and base.numel() == len(parts) * size
+    in_order = whole and all(
+        part._base is base
+        and part.storage_offset() == begin + i * size
+        and part.is_contiguous()
+        and part.shape == parts[0].shape
+        and part.dtype == base.dtype
+        for i, part in enumerate(parts)
+    )
+    return base.view(len(parts), *parts[0].shape) if in_order else torch.stack(list(parts))
 
 
 def runs(blocks: Sequence[Tensor]) -> list[tuple[int, int]]:

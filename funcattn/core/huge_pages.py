@@ -53,9 +53,9 @@ def placed(x: Tensor) -> Tensor:
 
 
 def zeros(like: Tensor, *shape: int) -> Tensor:
-    """`like.new_zeros(shape)` in huge pages, where its size is one of them at least."""
+    """`like.new_zeros(shape)`, where it is large in huge pages, each zeroed at its first use."""
     size = math.prod(shape) * like.element_size()
-    if not IS_SERVED or size < PAGE or like.device.type != "cpu" or not errors.is_plain(like):
+    if not IS_SERVED or size < SLAB or like.device.type != "cpu" or not errors.is_plain(like):
         return like.new_zeros(shape)
     slab = _Slab(-(-size // PAGE) * PAGE)
     return torch.frombuffer(

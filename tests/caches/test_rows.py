@@ -3,6 +3,7 @@
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.autograd import forward_ad
 from torch.func import grad, jvp, vmap
 
 import funcattn as fa
@@ -64,3 +65,39 @@ def test_what_has_other_users_is_not_overwritten():
     assert torch.equal(x, before)
     vmap(write)(x.clone(), new[0], at)
     assert not refused[-1]
+
+
+def test_parts_of_one_tensor_are_joined_without_a_copy():
+    base = torch.arange(24.0).view(1, 3, 2, 4)
+    parts = base[0].unbind(0)
+    assert rows.joined(parts).data_ptr() == base.data_ptr()
+    assert torch.equal(rows.joined(parts), torch.stack(parts))
+    sliced, turned = torch.arange(48.0).view(4, 3, 4), torch.arange(24.0).view(3, 4, 2)
+    for other in (
+        (parts[1], parts[0], parts[2]),
+        parts[:2],
+        parts[1:],
+        (parts[0], parts[1], parts[1]),
+        (parts[0], parts[1], parts[2].clone()),
+        (parts[0], parts[1], base[0, 2].reshape(2, 4).mT.reshape(2, 4)),
+        tuple(part.view(torch.int32) for part in parts),
+        sliced[:, 1].unsqueeze(1).unbind(0),
+        turned.mT.unbind(0),
+        (torch.ones(2, 4),),
+    ):
+        assert torch.equal(rows.joined(other), torch.stack(other))
+        assert rows.joined(other).dtype == other[0].dtype
+
+
+def test_parts_with_a_derivative_are_stacked():
+    base = torch.randn(2, 3, requires_grad=True) * 1
+    parts = base.unbind(0)
+    (found,) = torch.autograd.grad(rows.joined(parts).sum(), parts[1])
+    assert torch.equal(found, torch.ones(3))
+    given = torch.randn(2, 3)
+    moved = jvp(lambda x: rows.joined(x.unbind(0)), (given,), (torch.ones(2, 3),))[1]
+    assert torch.equal(moved, torch.ones(2, 3))
+    with forward_ad.dual_level():
+        first, second = given.unbind(0)
+        pair = first, forward_ad.make_dual(second, torch.ones(3))
+        assert torch.equal(forward_ad.unpack_dual(rows.joined(pair)).tangent[1], torch.ones(3))

@@ -84,7 +84,7 @@ def test_threads_get_memory_of_their_own() -> None:
     assert all(bool((x == i).all()) for i, x in enumerate(made))
 
 
-@pytest.mark.parametrize("size", [5, PAGE // 2, PAGE + 3])
+@pytest.mark.parametrize("size", [5, PAGE, SLAB + 3])
 def test_zeros_are_those_of_torch(size: int) -> None:
     like = torch.ones(2, dtype=torch.float16)
     found = huge_pages.zeros(like, 2, size)
@@ -94,8 +94,8 @@ def test_zeros_are_those_of_torch(size: int) -> None:
 
 
 def test_zeros_inside_transforms_are_those_of_their_level() -> None:
-    found = vmap(lambda x: huge_pages.zeros(x, PAGE).add_(x[0]))(torch.ones(3, 2))
-    assert found.shape == (3, PAGE)
+    found = vmap(lambda x: huge_pages.zeros(x, SLAB).add_(x[0]))(torch.ones(3, 2))
+    assert found.shape == (3, SLAB)
     with FakeTensorMode() as mode:
-        fake = huge_pages.zeros(mode.from_tensor(torch.ones(2)), PAGE)
+        fake = huge_pages.zeros(mode.from_tensor(torch.ones(2)), SLAB)
     assert isinstance(fake, FakeTensor)
