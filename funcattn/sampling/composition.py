@@ -231,11 +231,9 @@ def draw(
     """
     same = logits, state  # of greedy the largest of all logits is the one that it keeps
     filtered, state = same if sampler is greedy else _updated(sampler, _accurate(logits), state)
-    token = filtered.argmax(-1) if sampler.deterministic else None  # NaN is the greatest
-    most = filtered.amax(-1) if token is None else filtered.gather(-1, token.unsqueeze(-1))[0]
-    drawable = most.isfinite()
+    drawable = filtered.amax(-1).isfinite()
     require_drawable("draw", drawable if wanted is None else drawable | ~wanted)
-    token = randomness.categorical(key, filtered) if token is None else token
+    token = filtered.argmax(-1) if sampler.deterministic else randomness.categorical(key, filtered)
     return token, sampler.observe(token, state)
 
 
