@@ -73,3 +73,43 @@ def test_a_norm_a_head_is_the_norm_of_each():
             got[:, head], layers.layer_norm(x[:, head], weight[head], bias[head], epsilon=1e-5)
         )
     torch.testing.assert_close(layers.layer_norm(x, weight, epsilon=1e-5), got - bias)
+
+
+MOVES = {
+    "jvp": lambda f, dx: lambda x, *p: jvp(lambda x: f(x, *p), (x,), (dx,))[1],
+    "jvp of all": lambda f, dx: lambda *a: jvp(f, a, (dx, *a[1:]))[1],
+}
+
+
+@pytest.mark.parametrize("moved", MOVES)
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_layer_norm_is_closed(has_bias, moved):
+    """torch's fused norm is silently wrong in grad(jvp) and in jvp(jvp)."""
+    x, dx, weight, bias = normal(0, 3, 4), normal(1, 3, 4), normal(2, 4), normal(3, 4)
+    operands = (x, weight, bias) if has_bias else (x, weight)
+
+    def written(x, weight, bias=()):
+        z = x - x.mean(-1, keepdim=True)
+        y = z / (z.square().mean(-1, keepdim=True) + 0.1).sqrt() * weight
+        return y + bias if has_bias else y
+
+    push = lambda f: MOVES[moved](f, dx)
+    every = tuple(range(len(operands)))
+    summed = lambda f: lambda *a: f(*a).sin().sum()
+    nestings = {
+        "jvp": push,
+        "jvp of jvp": lambda f: push(push(f)),
+        "grad of jvp": lambda f: grad(summed(push(f)), every),
+        "grad of jvp of jvp": lambda f: grad(summed(push(push(f))), every),
+        "jvp of grad": lambda f: push(lambda *a: grad(summed(f))(*a)),
+        "grad of grad of grad": lambda f: grad(summed(grad(summed(grad(summed(f)))))),
+    }
+    ours = lambda *a: layers.layer_norm(*a, epsilon=0.1)
+    for name, nest in nestings.items():
+        torch.testing.assert_close(
+            nest(ours)(*operands),
+            nest(written)(*operands),
+            atol=1e-10,
+            rtol=1e-10,
+            msg=lambda text, name=name: f"{name}: {text}",
+        )
