@@ -50,12 +50,13 @@ def layer_norm(
 
     Source: Ba, Kiros and Hinton, Layer normalization, arXiv:1607.06450.
     """
-    offset = bias if isinstance(bias, Tensor) else None
-    if torch.compiler.is_compiling() or transforming() or has_tangent(x, weight, offset):
+    offset, size = bias if isinstance(bias, Tensor) else None, (x.shape[-1],)
+    fits = weight.shape[-1:] == size and (offset is None or offset.shape == weight.shape)
+    composes = torch.compiler.is_compiling() or transforming() or has_tangent(x, weight, offset)
+    if composes and fits:
         return scaled(standardized(accurate(x), (-1,), epsilon), weight, offset).to(x.dtype)
-    size = (x.shape[-1],)
     if weight.dim() == 1:
-        return F.layer_norm(x, size, weight, offset, epsilon)
+        return F.layer_norm(x, size, weight, offset, epsilon)  # with torch's errors
     return scaled(F.layer_norm(x, size, None, None, epsilon), weight, offset)
 
 

@@ -25,10 +25,10 @@ X, W, B = normal(0, 3, 4), normal(1, 2, 4), normal(2, 2)
 def test_products_are_closed(operands):
     """Of arguments mapped and differentiated all together."""
     reference = lambda x, w, *b: sum(b, (x[:, None] * w).sum(-1))
-    check_transforms(affine, *operands, depth=2, reference=reference, hessians=False)
+    check_transforms(affine, *operands, depth=3, reference=reference, hessians=False)
     ours = lambda x, w, *b: bilinear(torch.matmul, x, w.mT)
     plain = lambda x, w, *b: (x[:, None] * w).sum(-1)
-    check_transforms(ours, *operands, depth=2, reference=plain, hessians=False)
+    check_transforms(ours, *operands, depth=3, reference=plain, hessians=False)
 
 
 @pytest.mark.parametrize("moved", [(0,), (1,), (2,), (0, 2), (1, 2), (0, 1)])
@@ -65,6 +65,31 @@ def test_operands_without_a_tangent_are_constants(moved):
             nest(lambda *a: plain(*a).sin())(*operands),
         )
         torch.testing.assert_close(found, wanted, atol=1e-12, rtol=1e-12)
+
+
+def test_tangents_of_two_levels_are_of_their_own_operands():
+    """x moves in the inner jvp, the weight in the outer one, and the other way round."""
+
+    def mixed(f, inner, outer):
+        operands = [X, W]
+
+        def along(moved):
+            args = [moved if i == outer else a for i, a in enumerate(operands)]
+            run = lambda a: f(*[a if i == inner else b for i, b in enumerate(args)]).sin()
+            return jvp(run, (args[inner],), (operands[inner].cos(),))[1]
+
+        return jvp(along, (operands[outer],), (operands[outer].sin(),))[1]
+
+    plain = lambda x, w: (x.unsqueeze(-2) * w).sum(-1)
+    for inner, outer in ((0, 1), (1, 0), (0, 0)):
+        found, wanted = mixed(affine, inner, outer), mixed(plain, inner, outer)
+        torch.testing.assert_close(found, wanted, atol=1e-12, rtol=1e-12)
+
+
+def test_compiled_code_is_that_of_torch():
+    f = lambda x: jvp(lambda x: affine(x, W, B).sin(), (x,), (X,))[1]
+    compiled = torch.compile(f, backend="aot_eager")
+    torch.testing.assert_close(compiled(X), f(X))
 
 
 def test_no_product_is_with_zeros():

@@ -7,6 +7,7 @@ from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
 
 import funcattn as fa
 from funcattn import layers
+from funcattn.testing import check_transforms
 
 
 def normal(seed, *shape):
@@ -113,3 +114,23 @@ def test_layer_norm_is_closed(has_bias, moved):
             rtol=1e-10,
             msg=lambda text, name=name: f"{name}: {text}",
         )
+
+
+def test_layer_norm_is_closed_to_third_order():
+    x, weight = normal(0, 2, 4), normal(1, 4)
+
+    def written(x, weight):
+        z = x - x.mean(-1, keepdim=True)
+        return z / (z.square().mean(-1, keepdim=True) + 0.1).sqrt() * weight
+
+    norm = lambda x, weight: layers.layer_norm(x, weight, epsilon=0.1)
+    check_transforms(norm, x, weight, depth=3, reference=written, hessians=False)
+
+
+@pytest.mark.parametrize("sizes", [(1,), (3,), (4, 1)])
+def test_a_weight_of_another_width_is_an_error_under_transforms_too(sizes):
+    x, weight, bias = normal(0, 3, 4), normal(1, sizes[0]), normal(2, sizes[-1])
+    norm = lambda x: layers.layer_norm(x, weight, bias, epsilon=0.1).sum()
+    for f in (norm, grad(norm)):
+        with pytest.raises(RuntimeError, match="same shape"):
+            f(x)
