@@ -4,14 +4,18 @@
 
 A transformer of images (DiT) with `layers` blocks of width 256 (4 heads of 64), one thread, float32. The average velocity
 u(z, r, t) should satisfy u = v - (t - r) du/dt, where du/dt is the jvp of u along (v, 0, 1); the loss is the square of the
-difference, differentiated as a whole. Kernels take turns, CPU time, medians. "without" returns the
-values in place of their attention: what the rest of the model takes, below which no kernel comes.
+difference, differentiated as a whole. Candidates run the same model and take turns, CPU time, medians. "before" is a
+step before the library had kernels and products of its own: torch's fused kernel of attention, torch's norm (whose
+gradient of a jvp is wrong, pytorch#196700, and which is the faster one), torch's products. The others are inside
+`fa.interop.closed()`. "without" returns the values in place of their attention: what the rest of the model takes, below
+which no kernel comes.
 
 Source: Geng et al., Mean flows for one-step generative modeling, arXiv:2505.13447, equation 6, without its stop-gradient.
 """
 
 import argparse
 import contextlib
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -43,9 +47,17 @@ def weights(layers: int) -> Weights:
     }
 
 
-def norm(x: Tensor) -> Tensor:
+def right_norm(x: Tensor) -> Tensor:
     """Not F.layer_norm, whose gradient of a jvp is wrong in PyTorch (pytorch#196700)."""
     return fa.layers.layer_norm(x, torch.ones(WIDTH), epsilon=1e-5)
+
+
+def torchs_norm(x: Tensor) -> Tensor:
+    """What a step took before."""
+    return F.layer_norm(x, (WIDTH,), torch.ones(WIDTH), None, 1e-5)
+
+
+norm = right_norm
 
 
 def velocity(params: Weights, z: Tensor, r: Tensor, t: Tensor) -> Tensor:
@@ -81,16 +93,21 @@ def main() -> None:
     z, v = fa.random.normal(fa.key(1), (2, options.tokens, WIDTH))
     r, t = torch.tensor(0.2), torch.tensor(0.7)
 
-    def step(kernel: str | None) -> Weights:
-        global attention
-        attention = (lambda q, k, v: v) if kernel == "without" else fa.attention
-        if kernel == "without":
-            return grad(loss)(params, z, v, r, t)
-        with fa.kernels.use(kernel) if kernel else contextlib.nullcontext():
+    def step(
+        kernel: str | None, closed: bool = True, by: Callable[[Tensor], Tensor] = right_norm
+    ) -> Weights:
+        global attention, norm
+        attention, norm = (lambda q, k, v: v) if kernel == "without" else fa.attention, by
+        with contextlib.ExitStack() as stack:
+            if closed:
+                stack.enter_context(fa.interop.closed())
+            if kernel not in (None, "without"):
+                stack.enter_context(fa.kernels.use(kernel))
             return grad(loss)(params, z, v, r, t)
 
     kernels = {"flash": "flash", "as chosen": None, "dense": "reference", "without": "without"}
-    exact = step("reference")
+    before = {"before": lambda: step("flash", closed=False, by=torchs_norm)}
+    exact = step("reference", closed=False)
     for kernel in ("flash", None):
         off = max(
             float((a - b).norm() / b.norm())
@@ -100,7 +117,7 @@ def main() -> None:
             f"{kernel or 'as chosen'}: gradients differ from the dense ones by {off:.1e} of their norm at most"
         )
     interleave(
-        {name: lambda kernel=kernel: step(kernel) for name, kernel in kernels.items()},
+        before | {name: lambda kernel=kernel: step(kernel) for name, kernel in kernels.items()},
         repeats=options.repeats,
     )
 

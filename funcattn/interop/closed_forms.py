@@ -8,6 +8,9 @@ see that module). Their formulas in terms of other functions have every derivati
     hardsigmoid(x) = relu6(x + 3) / 6               glu(a, b) = a sigmoid(b)
     logit(x) = log(x) - log1p(-x)                   soft_margin(x, y) = -logsigmoid(x y)
 
+F.linear and matrix products are here for their time: torch multiplies by a tangent of zeros where
+an operand has none (see core.tangents).
+
 Found by enumeration of torch.nn.functional, in every nesting to third order. No closed form is here
 for embedding_bag, cdist, pdist, ctc_loss, grid_sample and the multi-margin losses (torch raises),
 nor for third derivatives of norms and cosine similarities.
@@ -22,6 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn._reduction import legacy_get_string
 
+from ..core import tangents
 from ..core.autograd import has_tangent, transforming
 from ..kernels.dtypes import accurate
 from . import normalizations
@@ -151,12 +155,30 @@ def _reduced(
     return (x.sum() if reduction == "sum" else x.mean()).to(dtype)
 
 
+def _bilinear(product: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """A matrix product, whose tangent is of the operands that have one."""
+
+    def multiply(*operands: Tensor, **options: Any) -> Tensor:
+        if options or len(operands) != 2:  # out, out_dtype; an operand by name; torch's error
+            return product(*operands, **options)
+        return tangents.bilinear(product, *operands)
+
+    return multiply
+
+
+def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    return tangents.affine(input, weight, bias)
+
+
 CLOSED: dict[object, Callable[..., Tensor]] = {
     F.silu: _elementwise(lambda x: x * x.sigmoid()),
     F.mish: _elementwise(lambda x: x * F.softplus(x).tanh()),
     F.hardsigmoid: _elementwise(lambda x: F.relu6(x + 3) / 6),
     F.glu: _glu,
     F.rrelu: _rrelu,
+    F.linear: _linear,
+    **{f: _bilinear(f) for f in (torch.matmul, Tensor.matmul, Tensor.__matmul__)},
+    **{f: _bilinear(f) for f in (torch.mm, Tensor.mm, torch.bmm, Tensor.bmm)},
     F.layer_norm: normalizations.layer_norm,
     F.group_norm: normalizations.group_norm,
     F.batch_norm: normalizations.batch_norm,

@@ -54,6 +54,8 @@ def closed(*, key: Tensor | None = None) -> Iterator[None]:
     - Activations, losses and normalizations that torch does not differentiate in every nesting, by
       closed forms: F.silu, mish, hardsigmoid, glu, mse_loss, huber_loss, layer_norm and others (see
       interop.closed_forms), where a transform of torch.func or a tangent is active.
+    - F.linear and matrix products, whose tangents torch multiplies by zeros (see core.tangents), by
+      products of the tangents that exist: the same values.
     - torch.utils.checkpoint (also checkpoint_sequential, and activation checkpointing of
       transformers) by `fa.remat`. Parameters of modules and tensors of closures get their
       derivatives; torch's global generator, and dropout of attention, draw the same in a

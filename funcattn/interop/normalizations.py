@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..kernels.dtypes import accurate
+from ..layers.norms import scaled, standardized
 
 
 def layer_norm(
@@ -29,8 +30,8 @@ def layer_norm(
     fits = all(x is None or x.shape == size for x in (weight, bias))
     if not size or not fits or input.shape[-len(size) :] != size:
         return F.layer_norm(input, normalized_shape, weight, bias, eps)  # with torch's error
-    x = _standardized(accurate(input), tuple(range(-len(size), 0)), eps)
-    return _affine(x, weight, bias).to(input.dtype)
+    x = standardized(accurate(input), tuple(range(-len(size), 0)), eps)
+    return scaled(x, weight, bias).to(input.dtype)
 
 
 def group_norm(
@@ -44,8 +45,8 @@ def group_norm(
     if input.dim() < 2 or not input.numel() or input.shape[1] % num_groups:
         return F.group_norm(input, num_groups, weight, bias, eps)  # with torch's error
     groups = accurate(input).reshape(input.shape[0], num_groups, -1)
-    x = _standardized(groups, (-1,), eps).reshape(input.shape)
-    return _affine(x, *_per_channel(input, weight, bias)).to(input.dtype)
+    x = standardized(groups, (-1,), eps).reshape(input.shape)
+    return scaled(x, *_per_channel(input, weight, bias)).to(input.dtype)
 
 
 def batch_norm(
@@ -61,8 +62,8 @@ def batch_norm(
     """F.batch_norm; in eval torch's, which is affine."""
     if training and input.dim() >= 2 and input.numel() > input.shape[1]:
         _update(F.batch_norm, input, running_mean, running_var, momentum)
-        x = _standardized(accurate(input), (0, *range(2, input.dim())), eps)
-        return _affine(x, *_per_channel(input, weight, bias)).to(input.dtype)
+        x = standardized(accurate(input), (0, *range(2, input.dim())), eps)
+        return scaled(x, *_per_channel(input, weight, bias)).to(input.dtype)
     return F.batch_norm(
         input, running_mean, running_var, weight, bias, training, momentum, eps
     )  # with torch's error in training
@@ -81,21 +82,11 @@ def instance_norm(
     """F.instance_norm; with given statistics torch's, which is affine."""
     if use_input_stats and input.dim() >= 3 and input[0, 0].numel() > 1:
         _update(F.instance_norm, input, running_mean, running_var, momentum)
-        x = _standardized(accurate(input), tuple(range(2, input.dim())), eps)
-        return _affine(x, *_per_channel(input, weight, bias)).to(input.dtype)
+        x = standardized(accurate(input), tuple(range(2, input.dim())), eps)
+        return scaled(x, *_per_channel(input, weight, bias)).to(input.dtype)
     return F.instance_norm(
         input, running_mean, running_var, weight, bias, use_input_stats, momentum, eps
     )  # with torch's error for one element
-
-
-def _standardized(x: Tensor, axes: tuple[int, ...], eps: float) -> Tensor:
-    z = x - x.mean(axes, keepdim=True)
-    return z * (z.square().mean(axes, keepdim=True) + eps).rsqrt()
-
-
-def _affine(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-    x = x if weight is None else x * weight
-    return x if bias is None else x + bias
 
 
 def _per_channel(input: Tensor, *parameters: Tensor | None) -> list[Tensor | None]:

@@ -1,7 +1,12 @@
 """Normalization over the last axis."""
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from ..core.autograd import dual, has_tangent, transforming
+from ..core.tangents import bilinear, split
+from ..kernels.dtypes import accurate
 
 
 def rms_norm(x: Tensor, weight: Tensor, *, epsilon: float, offset: float = 0.0) -> Tensor:
@@ -32,16 +37,49 @@ def layer_norm(
     A weight with more axes, (H, D), scales x (..., H, D) separately for each head; the statistics
     are still over the last axis alone.
 
+    Under transforms of torch.func it is plain operations, not torch's fused kernel, whose
+    derivatives are silently wrong in grad(jvp) and jvp(jvp) (pytorch/pytorch#196700).
+
     Args:
         x: floating (*lead, D).
         weight: (D,), or (H, D).
         bias: of the shape of the weight, or () for none.
         epsilon: added to the variance.
 
+    Law: the formula, in every nesting of transforms (test_norms.py::test_layer_norm_is_closed).
+
     Source: Ba, Kiros and Hinton, Layer normalization, arXiv:1607.06450.
     """
-    size = (x.shape[-1],)
+    offset, size = bias if isinstance(bias, Tensor) else None, (x.shape[-1],)
+    fits = weight.shape[-1:] == size and (offset is None or offset.shape == weight.shape)
+    composes = torch.compiler.is_compiling() or transforming() or has_tangent(x, weight, offset)
+    if composes and fits:
+        return scaled(standardized(accurate(x), (-1,), epsilon), weight, offset).to(x.dtype)
     if weight.dim() == 1:
-        return F.layer_norm(x, size, weight, bias if isinstance(bias, Tensor) else None, epsilon)
-    y = F.layer_norm(x, size, None, None, epsilon) * weight
-    return y + bias if isinstance(bias, Tensor) else y
+        return F.layer_norm(x, size, weight, offset, epsilon)  # with torch's errors
+    return scaled(F.layer_norm(x, size, None, None, epsilon), weight, offset)
+
+
+def standardized(x: Tensor, axes: tuple[int, ...], epsilon: float) -> Tensor:
+    """z / sqrt(mean z^2 + epsilon) with z = x - mean x, over these axes, in plain operations.
+
+    The tangent of y = z r, where r is the reciprocal of the root, is r (dz - y mean(y dz)).
+
+    Law: the formula, in every nesting of transforms (test_norms.py::test_layer_norm_is_closed).
+    """
+    parts = split(x)
+    x = x if parts is None else parts.primals[0]
+    z = x - x.mean(axes, keepdim=True)
+    r = (z.square().mean(axes, keepdim=True) + epsilon).rsqrt()
+    y = z * r
+    dx = None if parts is None else parts.tangents[0]
+    if dx is None:
+        return y
+    dz = dx - dx.mean(axes, keepdim=True)
+    return dual(y, r * (dz - y * (y * dz).mean(axes, keepdim=True)))
+
+
+def scaled(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    """x * weight + bias, of those that are given."""
+    x = x if weight is None else bilinear(torch.mul, x, weight)
+    return x if bias is None else x + bias

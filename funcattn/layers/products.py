@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..core import errors
+from ..core.tangents import affine
 from ..kernels.products import computed
 from ..records import record
 from .dense_products import multiply
@@ -51,7 +52,7 @@ def _(weight: Tensor, x: Tensor) -> Tensor:
     ):
         return rows_times(weight, x)
     y = multiply(weight, x)
-    return F.linear(x, weight) if y is None else y
+    return affine(x, weight) if y is None else y
 
 
 # Types with one call for several products, by type.

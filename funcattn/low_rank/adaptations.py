@@ -27,6 +27,7 @@ from torch import Tensor
 from .. import randomness, tree
 from ..core import errors
 from ..core.doors import door
+from ..core.tangents import affine
 from ..layers import Weight, dense, embed, linear
 from ..records import ABSENT, is_absent, record
 from ..tree import Tree, Where
@@ -58,9 +59,7 @@ class Lora(NamedTuple):
 @linear.register
 def _(weight: Lora, x: Tensor) -> Tensor:
     y, wide = linear(weight.base, x), _widest(x, weight)
-    added = F.linear(F.linear(x.to(wide), weight.a.to(wide)), weight.b.to(wide)) * weight.scale.to(
-        wide
-    )
+    added = affine(affine(x.to(wide), weight.a.to(wide)), weight.b.to(wide)) * weight.scale.to(wide)
     if not is_absent(weight.gain):
         return ((y + added) * weight.gain.to(wide)).to(y.dtype)
     return (y + added).to(y.dtype)

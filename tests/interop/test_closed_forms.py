@@ -3,8 +3,9 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 from torch.func import functional_call, grad, jacrev, jvp, vmap
+from torch.utils.flop_counter import FlopCounterMode
 
 import funcattn as fa
 from funcattn.interop import override_sdpa
@@ -33,6 +34,10 @@ FORMS = {
     "soft margin": lambda x: F.soft_margin_loss(x, TARGET.sign(), reduction="none"),
     "logit": lambda x: torch.logit(x.sigmoid()),
     "logit, clamped": lambda x: x.sigmoid().logit(0.3),
+    "linear": lambda x: F.linear(x.sin(), TARGET, X[:, 0]),
+    "linear of weights of x": lambda x: F.linear(TARGET, x.sin(), x[:, 0]),
+    "products": lambda x: torch.mm(TARGET.mT, x.sin() @ TARGET.mT @ x),
+    "products by name": lambda x: torch.bmm(input=x[None], mat2=TARGET.mT[None]),
 }
 # what torch does not differentiate twice in reverse mode either, in other functions
 TWICE = {FORMS["hardsigmoid"]: lambda x: (3 * x + 3).clamp(0, 6) / 6}
@@ -200,3 +205,22 @@ def test_the_hessian_of_a_llama_is_closed_as_curvature_tools_take_it():
     along = lambda params: sum((g * tangents[n]).sum() for n, g in grad(loss)(params).items())
     # its norms are computed in float32: some ten roundings of 6e-8, of numbers up to 20
     torch.testing.assert_close(found, grad(along)(params), atol=2e-5, rtol=2e-5)
+
+
+def test_no_matrix_product_is_with_zeros():
+    """A jvp of a linear layer has two products, and its gradient in the weights two more."""
+    layer = nn.Linear(6, 5, bias=True).double()
+    weights = dict(layer.named_parameters())
+
+    def products(call):
+        def loss(weights):
+            y, dy = jvp(lambda x: call(weights, x).sin(), (X,), (TANGENT,))
+            return (y * dy).sum()
+
+        with override_sdpa(), FlopCounterMode(display=False) as counter:
+            grad(loss)(weights)
+        return counter.get_total_flops() / (2 * X.numel() * 5)
+
+    assert products(lambda weights, x: functional_call(layer, weights, x)) == 4
+    for multiply in (torch.matmul, torch.mm, Tensor.matmul, Tensor.mm, lambda x, w: x @ w):
+        assert products(lambda weights, x, f=multiply: f(x, weights["weight"].mT)) == 4

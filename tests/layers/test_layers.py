@@ -8,7 +8,8 @@ from typing import NamedTuple
 import pytest
 import torch
 import transformers
-from torch.func import grad, vmap
+from torch.func import grad, jvp, vmap
+from torch.utils.flop_counter import FlopCounterMode
 
 import funcattn as fa
 from funcattn import layers
@@ -276,3 +277,11 @@ def test_xielu_is_its_equation_and_smooth_at_zero(x):
     got = grad(layers.xielu)(at, weights).item()
     # in that interval its derivative lacks the exponential, which is b there
     assert got == pytest.approx(slope, abs=2e-6) or -1e-6 <= x <= 0
+
+
+def test_a_jvp_of_a_product_is_two_products():
+    """torch takes a third, with a tangent of zeros for the weight."""
+    x, weight = normal(0, 3, 5), normal(1, 4, 5)
+    with FlopCounterMode(display=False) as counter:
+        jvp(lambda x: layers.linear(weight, x), (x,), (x,))
+    assert counter.get_total_flops() == 2 * 2 * x.numel() * len(weight)

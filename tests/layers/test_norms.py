@@ -7,6 +7,7 @@ from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
 
 import funcattn as fa
 from funcattn import layers
+from funcattn.testing import check_transforms
 
 
 def normal(seed, *shape):
@@ -73,3 +74,63 @@ def test_a_norm_a_head_is_the_norm_of_each():
             got[:, head], layers.layer_norm(x[:, head], weight[head], bias[head], epsilon=1e-5)
         )
     torch.testing.assert_close(layers.layer_norm(x, weight, epsilon=1e-5), got - bias)
+
+
+MOVES = {
+    "jvp": lambda f, dx: lambda x, *p: jvp(lambda x: f(x, *p), (x,), (dx,))[1],
+    "jvp of all": lambda f, dx: lambda *a: jvp(f, a, (dx, *a[1:]))[1],
+}
+
+
+@pytest.mark.parametrize("moved", MOVES)
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_layer_norm_is_closed(has_bias, moved):
+    """torch's fused norm is silently wrong in grad(jvp) and in jvp(jvp)."""
+    x, dx, weight, bias = normal(0, 3, 4), normal(1, 3, 4), normal(2, 4), normal(3, 4)
+    operands = (x, weight, bias) if has_bias else (x, weight)
+
+    def written(x, weight, bias=()):
+        z = x - x.mean(-1, keepdim=True)
+        y = z / (z.square().mean(-1, keepdim=True) + 0.1).sqrt() * weight
+        return y + bias if has_bias else y
+
+    push = lambda f: MOVES[moved](f, dx)
+    every = tuple(range(len(operands)))
+    summed = lambda f: lambda *a: f(*a).sin().sum()
+    nestings = {
+        "jvp": push,
+        "jvp of jvp": lambda f: push(push(f)),
+        "grad of jvp": lambda f: grad(summed(push(f)), every),
+        "grad of jvp of jvp": lambda f: grad(summed(push(push(f))), every),
+        "jvp of grad": lambda f: push(lambda *a: grad(summed(f))(*a)),
+        "grad of grad of grad": lambda f: grad(summed(grad(summed(grad(summed(f)))))),
+    }
+    ours = lambda *a: layers.layer_norm(*a, epsilon=0.1)
+    for name, nest in nestings.items():
+        torch.testing.assert_close(
+            nest(ours)(*operands),
+            nest(written)(*operands),
+            atol=1e-10,
+            rtol=1e-10,
+            msg=lambda text, name=name: f"{name}: {text}",
+        )
+
+
+def test_layer_norm_is_closed_to_third_order():
+    x, weight = normal(0, 2, 4), normal(1, 4)
+
+    def written(x, weight):
+        z = x - x.mean(-1, keepdim=True)
+        return z / (z.square().mean(-1, keepdim=True) + 0.1).sqrt() * weight
+
+    norm = lambda x, weight: layers.layer_norm(x, weight, epsilon=0.1)
+    check_transforms(norm, x, weight, depth=3, reference=written, hessians=False)
+
+
+@pytest.mark.parametrize("sizes", [(1,), (3,), (4, 1)])
+def test_a_weight_of_another_width_is_an_error_under_transforms_too(sizes):
+    x, weight, bias = normal(0, 3, 4), normal(1, sizes[0]), normal(2, sizes[-1])
+    norm = lambda x: layers.layer_norm(x, weight, bias, epsilon=0.1).sum()
+    for f in (norm, grad(norm)):
+        with pytest.raises(RuntimeError, match="same shape"):
+            f(x)
