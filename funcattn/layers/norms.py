@@ -1,5 +1,7 @@
 """Normalization over the last axis."""
 
+from typing import Any, cast
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -37,8 +39,9 @@ def layer_norm(
     A weight with more axes, (H, D), scales x (..., H, D) separately for each head; the statistics
     are still over the last axis alone.
 
-    Under transforms of torch.func it is plain operations, not torch's fused kernel, whose
-    derivatives are silently wrong in grad(jvp) and jvp(jvp) (pytorch/pytorch#196700).
+    Torch's fused kernel computes values and first gradients. Its further derivatives are silently
+    wrong (pytorch/pytorch#196700): those, and all under transforms of torch.func, are of plain
+    operations.
 
     Args:
         x: floating (*lead, D).
@@ -53,11 +56,55 @@ def layer_norm(
     offset, size = bias if isinstance(bias, Tensor) else None, (x.shape[-1],)
     fits = weight.shape[-1:] == size and (offset is None or offset.shape == weight.shape)
     composes = torch.compiler.is_compiling() or transforming() or has_tangent(x, weight, offset)
-    if composes and fits:
-        return scaled(standardized(accurate(x), (-1,), epsilon), weight, offset).to(x.dtype)
+    given = [t for t in (x, weight, offset) if t is not None]
+    recorded = torch.is_grad_enabled() and any(t.requires_grad for t in given)
+    mixed = len({t.dtype for t in given}) > 1 or torch.is_autocast_enabled(x.device.type)
+    if fits and (composes or (recorded and mixed)):
+        return _plain(x, weight, offset, epsilon)
+    if fits and recorded:
+        return cast(Tensor, _Fused.apply(x, weight, offset, epsilon))
     if weight.dim() == 1:
         return F.layer_norm(x, size, weight, offset, epsilon)  # with torch's errors
     return scaled(F.layer_norm(x, size, None, None, epsilon), weight, offset)
+
+
+def _plain(x: Tensor, weight: Tensor, bias: Tensor | None, epsilon: float) -> Tensor:
+    return scaled(standardized(accurate(x), (-1,), epsilon), weight, bias).to(x.dtype)
+
+
+class _Fused(torch.autograd.Function):
+    """Torch's kernels for the value and the first gradient; a gradient that is recorded is plain.
+
+    Law: the formula at three orders of torch.autograd.grad
+        (test_norms.py::test_gradients_of_gradients_of_a_layer_norm).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, epsilon: float) -> Tensor:
+        ctx.save_for_backward(x, weight, bias)
+        ctx.epsilon = epsilon
+        y, ctx.mean, ctx.by = torch.ops.aten.native_layer_norm(
+            x, (x.shape[-1],), *((weight, bias) if weight.dim() == 1 else (None, None)), epsilon
+        )
+        return y if weight.dim() == 1 else scaled(y, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Any) -> Any:
+        (dy,), (x, weight, bias) = cotangents, ctx.saved_tensors
+        wanted = ctx.needs_input_grad[:3]
+        if not torch.is_grad_enabled() and weight.dim() == 1:
+            return *torch.ops.aten.native_layer_norm_backward(
+                dy, x, (x.shape[-1],), ctx.mean, ctx.by, weight, bias, wanted
+            ), None
+        again = torch.is_grad_enabled()
+        given: list[Any] = [x, weight, bias]
+        if not again:
+            given = [t if t is None else t.detach().requires_grad_() for t in given]
+        with torch.enable_grad():
+            y = _plain(given[0], given[1], given[2], ctx.epsilon)
+        of: list[Tensor] = [t for t, needed in zip(given, wanted, strict=True) if needed]
+        found = iter(torch.autograd.grad(y, of, dy, create_graph=again))
+        return *(next(found) if needed else None for needed in wanted), None
 
 
 def standardized(x: Tensor, axes: tuple[int, ...], epsilon: float) -> Tensor:

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch import Tensor
 from torch.func import grad, jvp, vmap
 from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
 
@@ -114,6 +115,46 @@ def test_layer_norm_is_closed(has_bias, moved):
             rtol=1e-10,
             msg=lambda text, name=name: f"{name}: {text}",
         )
+
+
+@pytest.mark.parametrize("heads", [(), (2,)])
+@pytest.mark.parametrize("wanted", [(True, True, True), (False, True, False), (True, True, None)])
+def test_gradients_of_gradients_of_a_layer_norm(wanted, heads):
+    """torch's kernel is silently wrong from the third order on."""
+    x, weight, bias = normal(0, 3, *heads, 4), normal(2, *heads, 4), normal(3, *heads, 4)
+    given = [
+        t.clone().requires_grad_(needed)
+        for t, needed in zip((x, weight, bias), wanted, strict=True)
+        if needed is not None
+    ]
+
+    def written(x, weight, bias=()):
+        z = x - x.mean(-1, keepdim=True)
+        y = z / (z.square().mean(-1, keepdim=True) + 0.1).sqrt() * weight
+        return y + bias if isinstance(bias, Tensor) else y
+
+    def derivatives(f):
+        of, y = [t for t in given if t.requires_grad], f(*given).sin().sum()
+        for order in range(3):
+            found = torch.autograd.grad(y, of, create_graph=True, materialize_grads=True)
+            yield from found
+            y = sum((g * normal(order, *g.shape)).sum() for g in found)
+
+    norm = lambda *a: layers.layer_norm(*a, epsilon=0.1)
+    for ours, reference in zip(derivatives(norm), derivatives(written), strict=True):
+        torch.testing.assert_close(ours, reference, atol=1e-10, rtol=1e-10)
+    first = lambda f: torch.autograd.grad(
+        f(*given).sin().sum(), [t for t in given if t.requires_grad]
+    )
+    torch.testing.assert_close(first(norm), first(written), atol=1e-12, rtol=1e-12)
+
+
+def test_a_layer_norm_of_mixed_dtypes_is_recorded():
+    x, weight = normal(0, 3, 8).bfloat16().requires_grad_(), normal(1, 8).float().requires_grad_()
+    y = layers.layer_norm(x, weight, epsilon=0.1)
+    assert y.dtype == torch.bfloat16
+    of_x, of_weight = torch.autograd.grad(y.sum(), (x, weight))
+    assert (of_x.dtype, of_weight.dtype) == (torch.bfloat16, torch.float32)
 
 
 def test_layer_norm_is_closed_to_third_order():
