@@ -156,7 +156,8 @@ def joined(parts: Sequence[Tensor]) -> Tensor:
     Law: equal to torch.stack (test_rows.py::test_parts_of_one_tensor_are_joined_without_a_copy).
     """
     base = parts[0]._base if parts and errors.is_plain(parts[0]) else None
-    if base is None or base.requires_grad or has_tangent(*parts):
+    differs = any(part.requires_grad for part in parts) or has_tangent(*parts)
+    if base is None or base.requires_grad or differs:
         return torch.stack(list(parts))
     size, begin = parts[0].numel(), base.storage_offset()
     whole = base.is_contiguous() and base.numel() == len(parts) * size

@@ -94,6 +94,10 @@ def test_parts_with_a_derivative_are_stacked():
     parts = base.unbind(0)
     (found,) = torch.autograd.grad(rows.joined(parts).sum(), parts[1])
     assert torch.equal(found, torch.ones(3))
+    own = torch.zeros(2, 3).unbind(0)
+    own[1].requires_grad_()  # and its base does not
+    (found,) = torch.autograd.grad(rows.joined(own).sum(), own[1])
+    assert torch.equal(found, torch.ones(3))
     given = torch.randn(2, 3)
     moved = jvp(lambda x: rows.joined(x.unbind(0)), (given,), (torch.ones(2, 3),))[1]
     assert torch.equal(moved, torch.ones(2, 3))
