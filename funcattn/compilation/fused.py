@@ -77,11 +77,18 @@ class Weights(NamedTuple):
     plan: int64 of funcattn::plan, the addresses of the matrices, valid as long as these live.
     norms: float32 (2 L + 1, E), before attention and feed-forward of each layer, and the last.
     storages: of the matrices.
+    addresses: of the storages, as the plan has them.
     """
 
     plan: Tensor
     norms: Tensor
     storages: list[UntypedStorage]
+    addresses: list[int]
+
+    @property
+    def is_moved(self) -> bool:
+        """True where a storage has other memory by now; `share_memory_` counts no version."""
+        return list(map(UntypedStorage.data_ptr, self.storages)) != self.addresses
 
 
 def why_not(config: Config, params: Params) -> str:
@@ -178,7 +185,8 @@ def weights(params: Params) -> Weights:
     with torch._C._AutoDispatchBelowAutograd():
         plan = torch.ops.funcattn.plan(matrices, scales, list(map(_rows, all_)))
     storages = [x.untyped_storage() for x in (*matrices, *scales)]
-    return Weights(plan, torch.stack([*norms, params.norm]).detach(), storages)
+    addresses = list(map(UntypedStorage.data_ptr, storages))
+    return Weights(plan, torch.stack([*norms, params.norm]).detach(), storages, addresses)
 
 
 def serves(parts: Sequence[Cache]) -> bool:

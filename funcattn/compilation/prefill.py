@@ -73,15 +73,18 @@ class Prefill:
             return None
         if not is_absent(cache) and not fused.serves(parts_of(cache)[0]):
             return None
-        found = self.known[0][0].leaves(params) if self.known else None
+        known = self.known  # no reference to self, so that the model can be freed
+        held = next(iter(known), None)  # another thread may replace it
+        moved = held is not None and held[1] is not None and held[1].is_moved
+        found = None if held is None or moved else held[0].leaves(params)
         leaves = leaves_of(params) if found is None else found
         if (torch.is_grad_enabled() and is_differentiated(leaves)) or has_tangent(params):
             return None
-        if found is None:
-            known = self.known  # no reference to self, so that the model can be freed
+        if held is None or found is None:
             print_ = Fingerprint(params, known.clear)
-            known[:] = [(print_, prepared(self.config, params, len(tokens)))]
-        return self.known[0][1]
+            held = print_, prepared(self.config, params, len(tokens))
+            known[:] = [held]
+        return held[1]
 
 
 def prepared(config: Config, params: Params, T: int) -> fused.Weights | None:

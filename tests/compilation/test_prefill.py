@@ -208,3 +208,35 @@ def test_a_token_outside_of_the_vocabulary_is_the_error_of_the_model():
     fast = fa.compile(fa.decoder(CONFIG), backend="eager")
     with pytest.raises(ValueError, match="ids in 0"):
         fast.extend(quantized(CONFIG, None), ids(T) + 48)
+
+
+def test_weights_that_are_moved_are_found_again(calls):
+    params, tokens = quantized(dataclasses.replace(CONFIG, width=256), None), ids(T)
+    model = fa.decoder(dataclasses.replace(CONFIG, width=256))
+    fast, wanted = fa.compile(model, backend="eager"), model.extend(params, tokens)[0]
+    fast.extend(params, tokens)
+    for weight in fa.tree.leaves(params):
+        weight.share_memory_()  # the same tensor, and its memory before is freed
+    other = [torch.full((n, 256), 7.0) for n in (32, 64, 96, 256) * 9]  # in that memory, perhaps
+    got = fast.extend(params, tokens)[0]
+    del other
+    torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4)
+    assert len(calls) == 2
+
+
+def test_a_prompt_of_other_weights_between_looking_and_taking(monkeypatch):
+    """As of another thread."""
+    model, params, others = fa.decoder(CONFIG), quantized(CONFIG, None), quantized(CONFIG, None, 1)
+    fast, look, between = fa.compile(model, backend="eager"), prefill.has_tangent, []
+    fast.extend(params, ids(T))
+
+    def looked(*tensors):
+        while between:
+            fast.extend(between.pop(), ids(T))
+        return look(*tensors)
+
+    monkeypatch.setattr(prefill, "has_tangent", looked)
+    between.append(others)
+    got, wanted = (m.extend(params, ids(T))[0] for m in (fast, model))
+    assert not between
+    torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4)
