@@ -110,9 +110,14 @@ class Fingerprint:
         held = _held().get(id(tree))
         if held is None:
             return self._compared(tree)
-        if (found := held.known.get(self)) is None and (found := self._compared(tree)) is not None:
+        if (found := held.known.get(self)) is not None:
+            return found if self._is_unwritten(found) else None
+        if (found := self._compared(tree)) is not None:
             held.known[self] = found
         return found
+
+    def _is_unwritten(self, leaves: list[Tensor]) -> bool:
+        return list(map(_version, compress(leaves, self.has_version))) == self.versions
 
     def _compared(self, tree: Tree) -> list[Tensor] | None:
         if self.levels is None:
@@ -132,11 +137,7 @@ class Fingerprint:
                 return None
             found += leaves
             level = _below(known, nodes)
-        return (
-            found
-            if not level and list(map(_version, compress(found, self.has_version))) == self.versions
-            else None
-        )
+        return found if not level and self._is_unwritten(found) else None
 
 
 class _Held(NamedTuple):
@@ -153,12 +154,13 @@ def _held() -> dict[int, _Held]:
 
 @contextlib.contextmanager
 def unwritten(*trees: Tree) -> Iterator[None]:
-    """Within, these trees are looked at once: they are taken not to be written.
+    """Within, the tuples of these trees are looked at once, and then versions of tensors alone.
 
-    For loops that give control to no code that may write weights.
+    For loops, which keep a tree alive: its tuples hold the same tensors as long as it lives. These
+    may be written, by a sampler for example.
 
-    Law: a tree is known again within, and another is not, nor this one after it was written before
-        (test_fingerprints.py).
+    Law: a tree is known again within, and another is not, nor this one after it was written, before
+        or within (test_fingerprints.py).
     """
     before = _held()
     _thread.held = {**before, **{id(tree): _Held(tree, {}) for tree in trees}}

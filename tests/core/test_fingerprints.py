@@ -133,7 +133,8 @@ def test_a_tree_that_a_loop_has_is_looked_at_once(monkeypatch):
         assert fingerprint.leaves((a, (c,))) is None
         assert fingerprint.leaves(rebuilt(tree)) is not None
         assert Fingerprint(other, lambda: None).leaves(tree) is None
-    b.add_(1)
+        b.add_(1)
+        assert fingerprint.leaves(tree) is None
     assert fingerprint.leaves(tree) is None
     with unwritten(tree):
         assert fingerprint.leaves(tree) is None
@@ -157,4 +158,24 @@ def test_weights_written_between_two_calls_are_seen():
     with torch.no_grad():
         params.embedding.mul_(-1.0)
         params.layers[0].up.mul_(3.0)
+    assert torch.equal(call(model), call(fa.decoder(model.config)))
+
+
+def test_weights_that_a_sampler_writes_are_seen():
+    model, prompt = fa.compile(fa.decoder(fa.Config(layers=1)), backend="eager"), torch.arange(3)
+
+    def call(model):
+        params, calls = model.init(fa.key(0)), []
+
+        def logits(x):
+            calls.append(1)
+            if len(calls) == 6:
+                with torch.no_grad():
+                    params.layers[0].up.mul_(-30.0)
+            return x
+
+        return fa.generate(
+            fa.key(1), model, params, prompt, steps=14, sampler=fa.sampling.stateless(logits)
+        )[0]
+
     assert torch.equal(call(model), call(fa.decoder(model.config)))
