@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from itertools import chain
 from operator import attrgetter
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, UntypedStorage
@@ -68,7 +68,7 @@ def segment(
 
     each = [first] * len(positions)
     each = each if window is None else (positions - (window - 1)).clamp(first, n).tolist()
-    table = _table(k, v, some.stop, R, bits, tail)
+    table = _table(k, v, some.stop, R, bits, tail, layer == 0)
     coded = CodedSegment(table, layer, [(begin, n) for begin in each], decode)
     return cast(Part, coded)  # which has its fields
 
@@ -80,19 +80,37 @@ def _table(
     R: int,
     bits: int,
     tail: Tensor,
+    again: bool,
 ) -> Tensor:
     """The addresses of the first `count` blocks, which all layers of a step have in common.
 
     They are cached as long as the tail, which no two caches with other blocks have in common where
     `write` made them. Their storages are cached too, so that no address is dangling.
+
+    again: look whether storages have other memory by now, as by `Tensor.share_memory_`.
     """
 
-    def make() -> tuple[tuple[object, ...], list[UntypedStorage], Tensor]:
+    def make() -> _Table:
         codes = tensors(k[:count], v[:count])
         table = addresses(codes, R, bits, tail.shape[-1])
-        return (k, v, count), [x.untyped_storage() for x in codes], table
+        storages = [x.untyped_storage() for x in codes]
+        return _Table(k, v, count, storages, list(map(UntypedStorage.data_ptr, storages)), table)
 
-    (its_k, its_v, its_count), _, table = prepared_from([tail], make, "addresses")
-    if its_k is k and its_v is v and its_count == count:
-        return table
-    return make()[2]
+    held = prepared_from([tail], lambda: [make()], "addresses")
+    known = held[0]
+    if known.k is not k or known.v is not v or known.count != count:
+        return make().addresses
+    if again and list(map(UntypedStorage.data_ptr, known.storages)) != known.begins:
+        known = held[0] = make()
+    return known.addresses
+
+
+class _Table(NamedTuple):
+    """Addresses of `count` blocks, whose storages were at `begins`."""
+
+    k: tuple[QuantizedBlock, ...]
+    v: tuple[QuantizedBlock, ...]
+    count: int
+    storages: list[UntypedStorage]
+    begins: list[int]
+    addresses: Tensor

@@ -245,3 +245,17 @@ def test_a_table_is_made_once_a_step(monkeypatch):
     assert made == [12]
     model.extend(params, tokens[:1], again)
     assert made == [12, 12]
+
+
+def test_codes_that_are_moved_are_found_again():
+    model = fa.decoder(fa.Config(layers=2, heads=2, kv_heads=1, head_size=64, context=500))
+    params, token = model.init(fa.key(0)), torch.tensor([1])
+    past = model.cache(450, kind=fa.QuantizedCache)
+    past = model.apply(params, torch.arange(400) % 40, past)[1]
+    wanted = model.extend(params, token, past)[0]
+    for block in (*past.k, *past.v):
+        for x in block:
+            x.share_memory_()  # the same tensor, and its memory before is freed
+    other = [torch.full((2**n,), torch.nan) for n in range(6, 17) for _ in range(40)]  # in that one
+    assert torch.equal(model.extend(params, token, past)[0], wanted)
+    del other
