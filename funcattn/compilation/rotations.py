@@ -33,9 +33,11 @@ class Turns:
         least, last = map(int, known.aminmax())
         if not 0 <= least <= last < MOST:
             return computed(self.config, positions)
-        if self.table is None or len(self.table[0]) <= last:
-            self.table = computed(self.config, torch.arange(caches.bucket(last + 1), device="cpu"))
-        cos, sin = self.table
+        table = self.table  # another thread may replace it by a shorter one
+        if table is None or len(table[0]) <= last:
+            table = computed(self.config, torch.arange(caches.bucket(last + 1), device="cpu"))
+            self.table = table
+        cos, sin = table
         return cos[positions], sin[positions]
 
 

@@ -53,3 +53,16 @@ def test_positions_may_be_mapped():
 
 def test_models_without_rotation_have_angles_of_no_features():
     assert [part.shape for part in Turns(NONE).of(torch.tensor([1, 2]))] == [(2, 0), (2, 0)]
+
+
+def test_a_shorter_table_of_another_thread_is_not_read():
+    class Shared(Turns):
+        """Whose table is replaced after each assignment."""
+
+        def __setattr__(self, name, value):
+            short = rotations.computed(PLAIN, torch.arange(2))
+            super().__setattr__(name, short if name == "table" and value else value)
+
+    at = torch.tensor([500])
+    for found, right in zip(Shared(PLAIN).of(at), wanted(PLAIN, at), strict=True):
+        assert torch.equal(found, right)
