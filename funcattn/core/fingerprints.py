@@ -7,11 +7,11 @@ longer than a layer, so the comparison is done by built-ins in C.
 
 import contextlib
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from itertools import chain, compress, groupby
 from operator import attrgetter, itemgetter
 from typing import NamedTuple
-from weakref import ref
+from weakref import WeakKeyDictionary, ref
 
 from torch import Tensor
 
@@ -144,7 +144,7 @@ class _Held(NamedTuple):
     """A tree that a loop has, and its tensors by the Fingerprint that knows them."""
 
     tree: Tree
-    known: dict[Fingerprint, list[Tensor]]
+    known: WeakKeyDictionary[Fingerprint, list[Tensor]]
 
 
 def _held() -> dict[int, _Held]:
@@ -152,22 +152,27 @@ def _held() -> dict[int, _Held]:
     return getattr(_thread, "held", {})
 
 
-@contextlib.contextmanager
-def unwritten(*trees: Tree) -> Iterator[None]:
-    """Within, the tuples of these trees are looked at once, and then versions of tensors alone.
+class holding(contextlib.ContextDecorator):
+    """Within, the tuples of a tree are looked at once, and then versions of tensors alone.
 
     For loops, which keep a tree alive: its tuples hold the same tensors as long as it lives. These
-    may be written, by a sampler for example.
+    may be written, by a sampler for example. It is entered for each round of a loop, or for each
+    call of a function, and has what it knows from the rounds before.
 
     Law: a tree is known again within, and another is not, nor this one after it was written, before
         or within (test_fingerprints.py).
     """
-    before = _held()
-    _thread.held = {**before, **{id(tree): _Held(tree, {}) for tree in trees}}
-    try:
-        yield
-    finally:
-        _thread.held = before
+
+    def __init__(self, tree: Tree) -> None:
+        self.held = _Held(tree, WeakKeyDictionary())
+
+    def __enter__(self) -> None:
+        before = _held()
+        _thread.stack = [*getattr(_thread, "stack", ()), before]
+        _thread.held = {**before, id(self.held.tree): self.held}
+
+    def __exit__(self, *error: object) -> None:
+        _thread.held = _thread.stack.pop()
 
 
 def _below(known: _Level, nodes: Sequence[tuple[Tree, ...]]) -> list[Tree] | None:

@@ -13,7 +13,6 @@ from torch import Tensor
 from .. import progress, sampling
 from ..caches import KVCache
 from ..core.doors import door
-from ..core.fingerprints import unwritten
 from ..models import Model, Past
 from ..records import ABSENT
 from ..sampling import Sampler
@@ -83,9 +82,8 @@ def generate(
         model, params, prompt, cache, room=steps, prompt_length=prompt_length, chunk=chunk
     )
     tokens, after = [], start.cache
-    with unwritten(params):
-        for text in progress.track(decode(request, start, drawing(request, key)), "writing", steps):
-            tokens.append(text.last)
-            after = text.cache
+    for text in progress.track(decode(request, start, drawing(request, key)), "writing", steps):
+        tokens.append(text.last)
+        after = text.cache
     tokens = tokens + tokens[-1:] * (steps - len(tokens))
     return torch.stack(tokens) if tokens else prompt[:0].long(), after

@@ -1,5 +1,6 @@
 """A fingerprint knows its tree again, and no other."""
 
+import contextlib
 import gc
 import weakref
 from concurrent.futures import ThreadPoolExecutor
@@ -11,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import funcattn as fa
-from funcattn.core.fingerprints import Fingerprint, is_differentiated, unwritten
+from funcattn.core.fingerprints import Fingerprint, holding, is_differentiated
 
 
 class Pair(NamedTuple):
@@ -123,11 +124,11 @@ def test_a_tree_that_a_loop_has_is_looked_at_once(monkeypatch):
     monkeypatch.setattr(
         Fingerprint, "_compared", lambda self, tree: calls.append(1) or compared(self, tree)
     )
-    with unwritten(tree):
+    with holding(tree):
         for _ in range(3):
             assert list(map(id, fingerprint.leaves(tree))) == [id(a), id(b)]
         assert len(calls) == 1
-        with unwritten(other):
+        with holding(other):
             assert fingerprint.leaves(other) is None
             assert fingerprint.leaves(tree) is not None
         assert fingerprint.leaves((a, (c,))) is None
@@ -136,7 +137,7 @@ def test_a_tree_that_a_loop_has_is_looked_at_once(monkeypatch):
         b.add_(1)
         assert fingerprint.leaves(tree) is None
     assert fingerprint.leaves(tree) is None
-    with unwritten(tree):
+    with holding(tree):
         assert fingerprint.leaves(tree) is None
 
 
@@ -144,7 +145,7 @@ def test_what_one_thread_has_is_nothing_to_another():
     a = torch.zeros(2)
     tree = ((a,),)
     fingerprint = Fingerprint(tree, lambda: None)
-    with unwritten(tree), ThreadPoolExecutor(1) as pool:
+    with holding(tree), ThreadPoolExecutor(1) as pool:
         assert fingerprint.leaves(tree) is not None
         a.add_(1)
         assert pool.submit(fingerprint.leaves, tree).result() is None
@@ -179,3 +180,24 @@ def test_weights_that_a_sampler_writes_are_seen():
         )[0]
 
     assert torch.equal(call(model), call(fa.decoder(model.config)))
+
+
+def test_what_a_loop_has_is_kept_between_its_rounds_and_no_longer(monkeypatch):
+    tree = ((torch.zeros(2),),)
+    fingerprint, calls = Fingerprint(tree, lambda: None), []
+    compared = Fingerprint._compared
+    monkeypatch.setattr(
+        Fingerprint, "_compared", lambda self, tree: calls.append(1) or compared(self, tree)
+    )
+    weights = holding(tree)
+    for _ in range(3):
+        with contextlib.suppress(KeyError), weights, holding(((),)):
+            assert fingerprint.leaves(tree) is not None
+            raise KeyError
+    assert len(calls) == 1
+    assert fingerprint.leaves(tree) is not None
+    assert len(calls) == 2
+    alive = weakref.ref(fingerprint)
+    del fingerprint
+    gc.collect()
+    assert alive() is None

@@ -17,7 +17,6 @@ from ... import progress, randomness, sampling, transformer
 from ...caches import KVCache
 from ...core import errors
 from ...core.doors import door
-from ...core.fingerprints import unwritten
 from ...models import Model, Past
 from ...records import ABSENT, by_rows, is_absent, record
 from ...sampling import Sampler
@@ -150,11 +149,10 @@ def speculate(
     places, past, stats = torch.arange(steps, device=prompt.device), start.cache, no_rounds(prompt)
     tokens, count = torch.zeros_like(places), torch.zeros_like(prompt[0])
     last = count
-    with unwritten(params):
-        for text in progress.track(decode(request, start, chooser), "writing round"):
-            new = text.tokens.index_select(0, (places - count).clamp(0, len(text.tokens) - 1))
-            tokens = torch.where((places >= count) & (places < count + text.kept), new, tokens)
-            count, last, past, stats = count + text.kept, text.last, text.cache, text.state.stats
+    for text in progress.track(decode(request, start, chooser), "writing round"):
+        new = text.tokens.index_select(0, (places - count).clamp(0, len(text.tokens) - 1))
+        tokens = torch.where((places >= count) & (places < count + text.kept), new, tokens)
+        count, last, past, stats = count + text.kept, text.last, text.cache, text.state.stats
     tokens = torch.where(places < count, tokens, last)  # the stop id after the end
     return Speculated(tokens, count, stats), past
 
