@@ -97,16 +97,16 @@ def prepared(config: Config, params: Params, T: int) -> fused.Weights | None:
         for layer in params.layers
     ]
     ready = params._replace(layers=tuple(stack))
-    if fused.why_not(config, ready) or not all(map(_is_faster, stack)):
+    if fused.why_not(config, ready) or not all(map(_is_level, stack)):
         return None
     return fused.weights(ready)
 
 
-def _is_faster(layer: Layer) -> bool:
+def _is_level(layer: Layer) -> bool:
     """True where the operator multiplies these matrices, and faster than torch's library."""
     matrices: list[Weight] = [getattr(layer, name) for name in fused.MATRICES]
     return all(
-        isinstance(weight, Tiles) or (1 in weight.stride() and dense_products.is_faster())
+        isinstance(weight, Tiles) or (1 in weight.stride() and dense_products.is_level())
         for weight in matrices
     )
 

@@ -32,6 +32,7 @@ from .rotations import Turns
 
 # layers of one compiled function, at most: measured in docs/decisions/a-few-layers-are-one-graph.md
 MAX_COMPILED_LAYERS = 5
+MOST_HELD = 16  # forms of weights: some numbers of vectors of a target and of its drafter
 
 _number = itertools.count()  # numbers the compiled functions of this process
 
@@ -56,7 +57,8 @@ class Stack:
         self.why_not = transformer.why_not(config)  # why nothing is compiled, or ""
         self.compiled = code  # a _Function for each form of call, common to models of one decoder
         self.turns = Turns(config)
-        self.held: dict[int, _Prepared] = {}  # T, the number of vectors -> prepared weights
+        # T, the number of vectors, and the id of weights -> these prepared
+        self.held: dict[tuple[int, int], _Prepared] = {}
 
     def forms(self, params: Params, tokens: Tensor, cache: Past) -> "_Prepared | None":
         """The weights prepared for this step, or None where the original model runs.
@@ -80,7 +82,8 @@ class Stack:
         if alone and (T > tiles.MOST_FLOATS or not self._is_served(cast(KVCache, cache))):
             return None
         T = T if T <= MAX_STEP_TOKENS else caches.bucket(T)  # alike to the operator
-        forms = held.get(T)
+        key = T, id(params)
+        forms = held.get(key)
         found = None if forms is None else forms.fingerprint.leaves(params)
         leaves = tree.leaves(params) if found is None else found
         if (torch.is_grad_enabled() and is_differentiated(leaves)) or has_tangent(params):
@@ -88,8 +91,11 @@ class Stack:
         if forms is None or found is None:
             if many and any(map(is_mapped, leaves)):
                 return None
-            gone = lambda: held.pop(T, None)  # no reference to self, so that the model can be freed
-            forms = held[T] = _prepared(self.config, params, T, Fingerprint(params, gone))
+            gone = lambda: held.pop(key, None)  # no reference to self, so that it can be freed
+            forms = _prepared(self.config, params, T, Fingerprint(params, gone))
+            for oldest in list(held)[: max(0, len(held) - MOST_HELD)]:
+                held.pop(oldest, None)
+            held[key] = forms
         return None if alone and forms.fused is None else forms
 
     def _is_served(self, cache: KVCache) -> bool:

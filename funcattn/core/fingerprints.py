@@ -111,7 +111,7 @@ class Fingerprint:
         if held is None:
             return self._compared(tree)
         if (found := held.known.get(self)) is not None:
-            return found if self._is_unwritten(found) else None
+            return found if held.is_constant or self._is_unwritten(found) else None
         if (found := self._compared(tree)) is not None:
             held.known[self] = found
         return found
@@ -145,6 +145,7 @@ class _Held(NamedTuple):
 
     tree: Tree
     known: WeakKeyDictionary[Fingerprint, list[Tensor]]
+    is_constant: bool
 
 
 def _held() -> dict[int, _Held]:
@@ -159,12 +160,17 @@ class holding(contextlib.ContextDecorator):
     may be written, by a sampler for example. It is entered for each round of a loop, or for each
     call of a function, and has what it knows from the rounds before.
 
+    Args:
+        tree: the weights.
+        constant: True where no code of a user runs between the rounds: versions, whose reading
+            takes a twentieth of a token of a small model, are then read once too.
+
     Law: a tree is known again within, and another is not, nor this one after it was written, before
         or within (test_fingerprints.py).
     """
 
-    def __init__(self, tree: Tree) -> None:
-        self.held = _Held(tree, WeakKeyDictionary())
+    def __init__(self, tree: Tree, *, constant: bool = False) -> None:
+        self.held = _Held(tree, WeakKeyDictionary(), constant)
 
     def __enter__(self) -> None:
         before = _held()

@@ -82,7 +82,8 @@ def generate(
         model, params, prompt, cache, room=steps, prompt_length=prompt_length, chunk=chunk
     )
     tokens, after = [], start.cache
-    for text in progress.track(decode(request, start, drawing(request, key)), "writing", steps):
+    texts = decode(request, start, drawing(request, key), alone=sampler is sampling.greedy)
+    for text in progress.track(texts, "writing", steps):
         tokens.append(text.last)
         after = text.cache
     tokens = tokens + tokens[-1:] * (steps - len(tokens))

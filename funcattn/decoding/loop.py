@@ -144,13 +144,19 @@ def prefill(
 
 
 def decode(
-    request: Request, start: Start, chooser: Chooser, listen: Listener | None = None
+    request: Request,
+    start: Start,
+    chooser: Chooser,
+    listen: Listener | None = None,
+    *,
+    alone: bool = False,
 ) -> Iterator[Text]:
     """Yield the text after each round, until every row of a vmap has ended; none at `steps` 0.
 
     Args:
         listen: called with the new tokens of each round before they are committed; it may end the
             text at any of them. Not under vmap.
+        alone: True where no code of a user runs between or in the rounds.
     """
     if not request.steps:
         return
@@ -162,7 +168,7 @@ def decode(
         done = torch.ones_like(done)
     text = Text(last.unsqueeze(0), 1, last, start.cache, left, done, state)
     yield text
-    weights = holding(request.params)
+    weights = holding(request.params, constant=alone)
     for n in range(1, request.steps):
         if may_end and all_rows(text.done):
             return

@@ -31,6 +31,7 @@ from ..native import building
 MIN_ROWS = 16  # vectors; for fewer, reading the matrix is what takes the time
 MIN_PRODUCTS = 2**22  # multiplications (0.1 ms); below, the calls cost as much as is gained
 MIN_GAIN = 1.1  # the operator's speed, in times torch's, from which it runs
+LEVEL = 0.9  # from which an operator of all layers gains: products are four fifths of a prompt
 TIMED = 512, 1536, 576  # T, N, K of the timed product: 10 ms
 ROUNDS = 9
 
@@ -63,6 +64,11 @@ def multiply(weight: Tensor, x: Tensor) -> Tensor | None:
 def is_faster() -> bool:
     """True where the operator runs, `MIN_GAIN` times as fast as torch's library at least."""
     return measured().ratio >= MIN_GAIN
+
+
+def is_level() -> bool:
+    """True where it is about as fast: of use to what does more than products in the operator."""
+    return measured().ratio >= LEVEL
 
 
 def explain() -> str:

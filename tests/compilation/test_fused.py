@@ -4,6 +4,7 @@ and what it does not know.
 
 import dataclasses
 import functools
+import gc
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from operated import CONFIG, MARKS, MODELS, OTHERS, check, ids, quantized
 
 import funcattn as fa
 from funcattn.caches import Branch
-from funcattn.compilation import fused
+from funcattn.compilation import fused, stack
 
 pytestmark = MARKS
 
@@ -436,11 +437,34 @@ def test_weights_keep_the_memory_that_their_plan_names(scheme):
     params, model = quantized(CONFIG, scheme), fa.decoder(CONFIG)
     fast = fa.compile(model, backend="eager")
     fast.extend(params, ids(1), model.cache(3))
-    found = fast.stack.held[1].fused
+    found = fast.stack.held[1, id(params)].fused
     held = [(x.data_ptr(), x.data_ptr() + x.nbytes()) for x in found.storages]
     addresses = [at for at in found.plan[1:, :2].flatten().tolist() if at]
     assert len(addresses) == 14 * (2 if scheme is fa.int8 else 1)
     assert all(any(first <= at < last for first, last in held) for at in addresses)
+
+
+def test_forms_of_several_trees_are_kept_beside_each_other(monkeypatch):
+    made, prepared = [], stack._prepared
+    monkeypatch.setattr(stack, "_prepared", lambda *args: made.append(1) or prepared(*args))
+    model = fa.decoder(CONFIG)
+    fast, past = fa.compile(model, backend="eager"), model.cache(3)
+    trees = [quantized(CONFIG, scheme) for scheme in (fa.int4, fa.int8)]
+    for _ in range(3):
+        for params in trees:
+            torch.testing.assert_close(
+                fast.extend(params, ids(1), past)[0],
+                model.extend(params, ids(1), past)[0],
+                rtol=1e-4,
+                atol=1e-5,
+            )
+    assert len(made) == 2
+    for n in range(20):
+        fast.extend(fa.tree.map(torch.clone, trees[n % 2]), ids(1), past)
+    assert len(fast.stack.held) <= stack.MOST_HELD
+    del params, trees
+    gc.collect()
+    assert not fast.stack.held
 
 
 def test_it_has_no_derivative_and_says_so():

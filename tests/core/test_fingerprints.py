@@ -182,6 +182,19 @@ def test_weights_that_a_sampler_writes_are_seen():
     assert torch.equal(call(model), call(fa.decoder(model.config)))
 
 
+def test_what_is_constant_is_looked_at_once():
+    a = torch.zeros(2)
+    tree, copy = ((a,),), ((a,),)
+    fingerprint = Fingerprint(tree, lambda: None)
+    with holding(tree, constant=True):
+        assert fingerprint.leaves(tree) is not None
+        a.add_(1)
+        assert fingerprint.leaves(tree) is not None  # as its loop says
+        assert fingerprint.leaves(copy) is None
+    with holding(tree, constant=True):
+        assert fingerprint.leaves(tree) is None
+
+
 def test_what_a_loop_has_is_kept_between_its_rounds_and_no_longer(monkeypatch):
     tree = ((torch.zeros(2),),)
     fingerprint, calls = Fingerprint(tree, lambda: None), []
