@@ -6,6 +6,7 @@ pages it waits for a translation at every other kilobyte or so, and those of all
 forgotten on the way.
 """
 
+import contextlib
 import math
 import mmap
 import sys
@@ -29,7 +30,8 @@ class _Slab:
 
     def __init__(self, size: int) -> None:
         self.memory = mmap.mmap(-1, size + PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        self.memory.madvise(mmap.MADV_HUGEPAGE)
+        with contextlib.suppress(OSError):  # a kernel without huge pages: then these are small
+            self.memory.madvise(mmap.MADV_HUGEPAGE)
         self.used = -torch.frombuffer(self.memory, dtype=torch.uint8).data_ptr() % PAGE
         self.end = self.used + size
 

@@ -1,6 +1,8 @@
 """Tensors in huge pages: equal values, memory of their own, freed with the last of a slab."""
 
+import errno
 import gc
+import mmap
 import weakref
 from concurrent.futures import ThreadPoolExecutor
 
@@ -99,3 +101,13 @@ def test_zeros_inside_transforms_are_those_of_their_level() -> None:
     with FakeTensorMode() as mode:
         fake = huge_pages.zeros(mode.from_tensor(torch.ones(2)), SLAB)
     assert isinstance(fake, FakeTensor)
+
+
+def test_a_kernel_without_huge_pages_gives_small_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Refused(mmap.mmap):
+        def madvise(self, *_: object) -> None:
+            raise OSError(errno.EINVAL, "Invalid argument")
+
+    monkeypatch.setattr(huge_pages.mmap, "mmap", Refused)
+    x = fa.random.normal(fa.key(0), (SLAB,))
+    assert torch.equal(placed(x), x)
