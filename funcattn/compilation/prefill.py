@@ -103,7 +103,7 @@ def prepared(config: Config, params: Params, T: int) -> fused.Weights | None:
 
 
 def _is_level(layer: Layer) -> bool:
-    """True where the operator multiplies these matrices, and faster than torch's library."""
+    """True where the operator multiplies these matrices about as fast as torch's library."""
     matrices: list[Weight] = [getattr(layer, name) for name in fused.MATRICES]
     return all(
         isinstance(weight, Tiles) or (1 in weight.stride() and dense_products.is_level())

@@ -93,7 +93,7 @@ class Stack:
                 return None
             gone = lambda: held.pop(key, None)  # no reference to self, so that it can be freed
             forms = _prepared(self.config, params, T, Fingerprint(params, gone))
-            for oldest in list(held)[: max(0, len(held) - MOST_HELD)]:
+            for oldest in list(held)[: max(0, len(held) + 1 - MOST_HELD)]:
                 held.pop(oldest, None)
             held[key] = forms
         return None if alone and forms.fused is None else forms

@@ -82,7 +82,8 @@ def generate(
         model, params, prompt, cache, room=steps, prompt_length=prompt_length, chunk=chunk
     )
     tokens, after = [], start.cache
-    texts = decode(request, start, drawing(request, key), alone=sampler is sampling.greedy)
+    alone = sampler is sampling.greedy and not model.replaced
+    texts = decode(request, start, drawing(request, key), alone=alone)
     for text in progress.track(texts, "writing", steps):
         tokens.append(text.last)
         after = text.cache

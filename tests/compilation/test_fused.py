@@ -459,9 +459,11 @@ def test_forms_of_several_trees_are_kept_beside_each_other(monkeypatch):
                 atol=1e-5,
             )
     assert len(made) == 2
-    for n in range(20):
-        fast.extend(fa.tree.map(torch.clone, trees[n % 2]), ids(1), past)
-    assert len(fast.stack.held) <= stack.MOST_HELD
+    trees += [fa.tree.map(torch.clone, trees[n % 2]) for n in range(2 * stack.MOST_HELD)]
+    for params in trees:
+        fast.extend(params, ids(1), past)
+    kept = [identity for _, identity in fast.stack.held]
+    assert kept == list(map(id, trees[-stack.MOST_HELD :]))
     del params, trees
     gc.collect()
     assert not fast.stack.held
