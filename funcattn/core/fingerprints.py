@@ -5,9 +5,8 @@ the same tensors with the same values. A Python loop over the hundreds of tensor
 longer than a layer, so the comparison is done by built-ins in C.
 """
 
-import contextlib
-import threading
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from itertools import chain, compress, groupby
 from operator import attrgetter, itemgetter
 from typing import NamedTuple
@@ -16,8 +15,8 @@ from weakref import WeakKeyDictionary, ref
 from torch import Tensor
 
 from ..records import Tree
+from .context import ContextValue
 
-_thread = threading.local()
 _version = attrgetter("_version")
 _needs_gradient = attrgetter("requires_grad")
 
@@ -107,7 +106,7 @@ class Fingerprint:
 
     def leaves(self, tree: Tree) -> list[Tensor] | None:
         """The tensors of the tree if it is the same and unmodified, else None."""
-        held = _held().get(id(tree))
+        held = _held.get().get(id(tree))
         if held is None:
             return self._compared(tree)
         if (found := held.known.get(self)) is not None:
@@ -140,25 +139,11 @@ class Fingerprint:
         return found if not level and self._is_unwritten(found) else None
 
 
-class _Held(NamedTuple):
-    """A tree that a loop has, and its tensors by the Fingerprint that knows them."""
+class Held:
+    """A tree that a loop has: its tuples are looked at once, and then versions of tensors alone.
 
-    tree: Tree
-    known: WeakKeyDictionary[Fingerprint, list[Tensor]]
-    is_constant: bool
-
-
-def _held() -> dict[int, _Held]:
-    """What loops of this thread have, by id; the id of no other object while it is here."""
-    return getattr(_thread, "held", {})
-
-
-class holding(contextlib.ContextDecorator):
-    """Within, the tuples of a tree are looked at once, and then versions of tensors alone.
-
-    For loops, which keep a tree alive: its tuples hold the same tensors as long as it lives. These
-    may be written, by a sampler for example. It is entered for each round of a loop, or for each
-    call of a function, and has what it knows from the rounds before.
+    A loop keeps its tree alive, so its tuples hold the same tensors. These may be written, by a
+    sampler for example. What is known is kept between the rounds of the loop.
 
     Args:
         tree: the weights.
@@ -170,15 +155,16 @@ class holding(contextlib.ContextDecorator):
     """
 
     def __init__(self, tree: Tree, *, constant: bool = False) -> None:
-        self.held = _Held(tree, WeakKeyDictionary(), constant)
+        self.tree, self.is_constant = tree, constant
+        self.known: WeakKeyDictionary[Fingerprint, list[Tensor]] = WeakKeyDictionary()
 
-    def __enter__(self) -> None:
-        before = _held()
-        _thread.stack = [*getattr(_thread, "stack", ()), before]
-        _thread.held = {**before, id(self.held.tree): self.held}
+    def within(self) -> AbstractContextManager[None]:
+        """For a round: inside the `with` the tree is recognized so."""
+        return _held.holding({**_held.get(), id(self.tree): self})
 
-    def __exit__(self, *error: object) -> None:
-        _thread.held = _thread.stack.pop()
+
+# What loops have, by id, which is that of no other object while it is here.
+_held: ContextValue[dict[int, Held]] = ContextValue("held_weights", {})
 
 
 def _below(known: _Level, nodes: Sequence[tuple[Tree, ...]]) -> list[Tree] | None:

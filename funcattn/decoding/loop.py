@@ -20,7 +20,7 @@ from .. import caches, randomness, sampling, transformer
 from ..caches import Delta, KVCache
 from ..core import errors
 from ..core.autograd import has_tangent, mapped_rows, transforming
-from ..core.fingerprints import holding
+from ..core.fingerprints import Held
 from ..models import Model, Past
 from ..tree import Tree
 from .requests import Request, check_numbers
@@ -168,11 +168,11 @@ def decode(
         done = torch.ones_like(done)
     text = Text(last.unsqueeze(0), 1, last, start.cache, left, done, state)
     yield text
-    weights = holding(request.params, constant=alone)
+    weights = Held(request.params, constant=alone)
     for n in range(1, request.steps):
         if may_end and all_rows(text.done):
             return
-        with weights:
+        with weights.within():
             tokens, kept, last, delta, settle = chooser.follow(n, text)
         left, done, heard = text.left, text.done, False
         if listen is not None:

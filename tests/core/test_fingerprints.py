@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import funcattn as fa
-from funcattn.core.fingerprints import Fingerprint, holding, is_differentiated
+from funcattn.core.fingerprints import Fingerprint, Held, is_differentiated
 
 
 class Pair(NamedTuple):
@@ -124,11 +124,11 @@ def test_a_tree_that_a_loop_has_is_looked_at_once(monkeypatch):
     monkeypatch.setattr(
         Fingerprint, "_compared", lambda self, tree: calls.append(1) or compared(self, tree)
     )
-    with holding(tree):
+    with Held(tree).within():
         for _ in range(3):
             assert list(map(id, fingerprint.leaves(tree))) == [id(a), id(b)]
         assert len(calls) == 1
-        with holding(other):
+        with Held(other).within():
             assert fingerprint.leaves(other) is None
             assert fingerprint.leaves(tree) is not None
         assert fingerprint.leaves((a, (c,))) is None
@@ -137,7 +137,7 @@ def test_a_tree_that_a_loop_has_is_looked_at_once(monkeypatch):
         b.add_(1)
         assert fingerprint.leaves(tree) is None
     assert fingerprint.leaves(tree) is None
-    with holding(tree):
+    with Held(tree).within():
         assert fingerprint.leaves(tree) is None
 
 
@@ -145,7 +145,7 @@ def test_what_one_thread_has_is_nothing_to_another():
     a = torch.zeros(2)
     tree = ((a,),)
     fingerprint = Fingerprint(tree, lambda: None)
-    with holding(tree), ThreadPoolExecutor(1) as pool:
+    with Held(tree).within(), ThreadPoolExecutor(1) as pool:
         assert fingerprint.leaves(tree) is not None
         a.add_(1)
         assert pool.submit(fingerprint.leaves, tree).result() is None
@@ -186,12 +186,12 @@ def test_what_is_constant_is_looked_at_once():
     a = torch.zeros(2)
     tree, copy = ((a,),), ((a,),)
     fingerprint = Fingerprint(tree, lambda: None)
-    with holding(tree, constant=True):
+    with Held(tree, constant=True).within():
         assert fingerprint.leaves(tree) is not None
         a.add_(1)
         assert fingerprint.leaves(tree) is not None  # as its loop says
         assert fingerprint.leaves(copy) is None
-    with holding(tree, constant=True):
+    with Held(tree, constant=True).within():
         assert fingerprint.leaves(tree) is None
 
 
@@ -202,9 +202,9 @@ def test_what_a_loop_has_is_kept_between_its_rounds_and_no_longer(monkeypatch):
     monkeypatch.setattr(
         Fingerprint, "_compared", lambda self, tree: calls.append(1) or compared(self, tree)
     )
-    weights = holding(tree)
+    weights = Held(tree)
     for _ in range(3):
-        with contextlib.suppress(KeyError), weights, holding(((),)):
+        with contextlib.suppress(KeyError), weights.within(), Held(((),)).within():
             assert fingerprint.leaves(tree) is not None
             raise KeyError
     assert len(calls) == 1

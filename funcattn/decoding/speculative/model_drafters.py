@@ -12,7 +12,7 @@ from ... import caches, collectives, randomness, sampling, transformer, tree
 from ...caches import Branch, Cache, Delta, Hybrid, KVCache
 from ...core import errors
 from ...core.doors import door, printed
-from ...core.fingerprints import holding
+from ...core.fingerprints import Held
 from ...models import Model, Past, at_core, config_of, told
 from ...records import ABSENT, is_absent, record
 from ...sampling import Sampler
@@ -110,8 +110,15 @@ def model(
             cache, torch.zeros_like(prompt_length), begun(prompt, prompt_length, logits)
         )
 
-    @holding(params)
+    weights = Held(params)
+
     def read(
+        key: Tensor, last: Tensor, state: ModelDrafterState, whole: bool
+    ) -> tuple[Draft, ModelDrafterState]:
+        with weights.within():
+            return drafted(key, last, state, whole)
+
+    def drafted(
         key: Tensor, last: Tensor, state: ModelDrafterState, whole: bool
     ) -> tuple[Draft, ModelDrafterState]:
         cache, token, tokens, probs, states, deltas = state.cache, last, [], [], [], []
